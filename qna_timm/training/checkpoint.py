@@ -1,0 +1,288 @@
+"""Weights on disk: one safetensors file per set of weights, described in the file's header.
+
+The tensors carry timm's names, so timm loads the files as they are. The header holds, under one
+key, a JSON object (the *metadata*) that says what the weights are:
+
+- ``arch``, ``num_classes``, ``in_chans``, ``model_kwargs``: ``timm.create_model(arch,
+  num_classes=..., in_chans=..., **model_kwargs)`` builds the model;
+- ``img_size`` ([height, width], pixels) and ``data_config`` (timm's ``input_size``, ``mean``,
+  ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``): the images it was evaluated on;
+- ``class_names`` (list, or None where the data has no names);
+- ``dataset`` (the data flags of the run: ``dataset``, ``data_dir``, ``val_split``, ...);
+- ``epoch``, ``metric``, ``metric_name``, ``ema`` (whether the weights are the averaged ones).
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from timm.models import clean_state_dict
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from qna_timm.training.errors import UsageError, closest
+
+METADATA_KEY = "qna_timm"
+STATE_SUFFIX = ".state.safetensors"
+# Where a folder's weights are looked for, first match first; the last two are hub exports.
+FOLDER_FILES = ("best.safetensors", "last.safetensors", "model.safetensors", "pytorch_model.bin")
+
+
+def ema_path(path: Path) -> Path:
+    """``best.safetensors`` -> ``best_ema.safetensors``."""
+    return path.with_name(f"{path.stem}_ema{path.suffix}")
+
+
+def find_weights(path: str | Path, use_ema: bool = False) -> Path:
+    """The weights file that `path` stands for.
+
+    Args:
+        path: A file, or a run folder (its best weights, else its last).
+        use_ema: Prefer the averaged weights beside the plain ones, where there are any.
+
+    Raises:
+        UsageError: There is nothing at `path`, or a folder without weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+        if not found:
+            raise UsageError(f"{path}: no weights in this folder (looked for {FOLDER_FILES[0]})")
+        path = found[0]
+    elif not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise UsageError(f"{path}: no such checkpoint file or folder{closest(path.name, siblings)}")
+    if use_ema and ema_path(path).is_file():
+        return ema_path(path)
+    return path
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the readers raise on a damaged or foreign file into one line."""
+    try:
+        yield
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        reason = re.split(r"\n|\. ", str(error).strip())[0][:160] or type(error).__name__
+        raise UsageError(f"{path}: not a readable checkpoint ({reason})") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix == ".safetensors"
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The string-to-string header of a safetensors file.
+
+    Raises:
+        UsageError: `path` is not a whole safetensors file.
+    """
+    with _readable(path), safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def _torch_load(path: Path) -> Any:
+    """A `torch.save` file, tensors and plain Python only; timm's hold their arguments too."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        # Files in torch's old format cannot be mapped; mapping saves reading what is not wanted.
+        mmap = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _foreign_metadata(checkpoint: Any) -> dict[str, Any]:
+    """What timm's own checkpoints say about themselves, in our words."""
+    if not isinstance(checkpoint, Mapping):
+        return {}
+    return {key: checkpoint[key] for key in ("arch", "epoch", "metric") if key in checkpoint}
+
+
+def read_metadata(path: str | Path, use_ema: bool = False) -> dict[str, Any]:
+    """The metadata of a checkpoint file or run folder (see the module's docstring for its keys).
+
+    timm's own checkpoints give ``arch``, ``epoch``, ``metric``; other files give ``{}``.
+
+    Raises:
+        UsageError: There is no such file, or it is not a checkpoint.
+    """
+    path = find_weights(path, use_ema)
+    if _is_safetensors(path):
+        with _readable(path):
+            return json.loads(read_header(path).get(METADATA_KEY, "{}"))
+    with _readable(path):
+        return _foreign_metadata(_torch_load(path))
+
+
+def read_weights(
+    path: str | Path, use_ema: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and metadata of a checkpoint file or run folder, on the CPU.
+
+    Reads our files, any ``.safetensors``, and timm's ``.pth``/``.pth.tar`` (tensors and plain
+    Python only, nothing in the file is executed).
+
+    Args:
+        path: File, or run folder (its best weights, else its last).
+        use_ema: Take the averaged weights if there are any.
+
+    Raises:
+        UsageError: There is no such file, or it is not a checkpoint.
+    """
+    path = find_weights(path, use_ema)
+    if path.name.endswith(STATE_SUFFIX):
+        weights = path.name.replace(STATE_SUFFIX, ".safetensors")
+        raise UsageError(f"{path}: state for --resume, not weights; the weights are in {weights}")
+    if _is_safetensors(path):
+        with _readable(path):
+            return load_file(path), read_metadata(path)
+    with _readable(path):
+        checkpoint = _torch_load(path)
+        weights = _weights_entry(checkpoint, use_ema)
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UsageError(f"{path}: not a checkpoint (no dictionary of tensors inside)")
+    return clean_state_dict(weights), _foreign_metadata(checkpoint)
+
+
+def _weights_entry(checkpoint: Any, use_ema: bool) -> dict[str, Tensor]:
+    """The state dict inside what ``torch.load`` returned, under the names timm and others use."""
+    if not isinstance(checkpoint, Mapping):
+        return {}
+    ema_keys = ("state_dict_ema", "model_ema") if use_ema else ()
+    for key in (*ema_keys, "state_dict", "model"):
+        if isinstance(checkpoint.get(key), Mapping):
+            return dict(checkpoint[key])
+    return dict(checkpoint)
+
+
+def load_weights(model: nn.Module, path: str | Path, use_ema: bool = False) -> dict[str, Any]:
+    """Load a checkpoint into `model`, every tensor of it and no other.
+
+    Returns:
+        The checkpoint's metadata.
+
+    Raises:
+        UsageError: Not a checkpoint, or not of this model; the line says what differs.
+    """
+    weights, metadata = read_weights(path, use_ema)
+    model = unwrap_model(model)
+    check_weights(model, weights, metadata, path)
+    model.load_state_dict(weights)
+    return metadata
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Module names of the model's classifier layers, from its pretrained cfg."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def is_classifier_key(model: nn.Module, key: str) -> bool:
+    """Whether the state dict entry `key` belongs to the model's classifier."""
+    return key.rpartition(".")[0] in classifier_names(model)
+
+
+def check_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], path: str | Path
+) -> None:
+    """Compare a state dict with what `model` expects.
+
+    Raises:
+        UsageError: Names or shapes differ; one line that says which, and what to do about it.
+    """
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in weights]
+    extra = [key for key in weights if key not in expected]
+    shapes = [k for k in expected if k in weights and expected[k].shape != weights[k].shape]
+    if not (missing or extra or shapes):
+        return
+    if not missing and not extra and all(is_classifier_key(model, key) for key in shapes):
+        found, wanted = weights[shapes[0]].shape[0], expected[shapes[0]].shape[0]
+        raise UsageError(
+            f"{path}: the checkpoint has {found} classes, the model {wanted}"
+            f" (--num-classes {found} fits)"
+        )
+    arch = metadata.get("arch")
+    ours = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    text = f"{path}: not a checkpoint of {ours}"
+    if arch and arch != ours:
+        text += f" but of {arch}"
+    details = []
+    for what, keys in (("missing", missing), ("unexpected", extra)):
+        if keys:
+            details.append(f"{len(keys)} tensors {what}, such as {keys[0]}")
+    if shapes:
+        found, wanted = tuple(weights[shapes[0]].shape), tuple(expected[shapes[0]].shape)
+        details.append(f"{len(shapes)} of another shape, such as {shapes[0]} {found} not {wanted}")
+    raise UsageError(f"{text}: {'; '.join(details)}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path` to write to; on success it replaces `path` in one step.
+
+    The file is on disk (fsync) before it takes the name, so that a reader, or a machine that lost
+    power, finds the old file or the new one, whole. On failure the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` last through a power cut, where the system can sync folders."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write tensors and a string header to a safetensors file, atomically.
+
+    Tensors are copied to the CPU first, since the format refuses tensors that share memory.
+    """
+    copies = {
+        key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()
+    }
+    with replacing(path) as temporary:
+        save_file(copies, temporary, metadata={"format": "pt", **header})
+
+
+def save_weights(path: Path, model: nn.Module, metadata: Mapping[str, Any]) -> None:
+    """Write a model's weights with timm's names, wrappers (DDP, compile, EMA) left out.
+
+    Args:
+        path: Ends in ``.safetensors``.
+        model: The model, wrapped or not.
+        metadata: JSON values, see the module's docstring.
+    """
+    header = {METADATA_KEY: json.dumps(dict(metadata))}
+    save_tensors(path, unwrap_model(model).state_dict(), header)
