@@ -1,0 +1,388 @@
+"""Checks of settings against each other, timm's registries, the device and the file system."""
+
+import importlib
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, closest
+from .flags import FlagTable, all_flags
+
+Origins = Mapping[str, str]
+"""Where a setting came from, by key: "--lr" or "FILE: key 'lr'"; begins an error message."""
+
+TORCH_DATASETS = (
+    "cifar10",
+    "cifar100",
+    "mnist",
+    "kmnist",
+    "qmnist",
+    "fashion_mnist",
+    "inaturalist",
+    "inat",
+    "places365",
+    "imagenet",
+    "image_folder",
+    "folder",
+)
+DATASET_KINDS = ("torch", "hfds", "hfids", "tfds", "wds", "sklearn")
+_REMOTE_MODELS = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def _refuse_unsupported(args: Namespace, origins: Origins, table: FlagTable) -> None:
+    for flag in all_flags(table):
+        if flag.refusal and getattr(args, flag.key) != flag.default:
+            raise UsageError(f"{origins[flag.key]}: {flag.refusal}")
+
+
+def _import_device_modules(args: Namespace, origins: Origins) -> None:
+    for name in args.device_modules or []:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UsageError(
+                f"{origins['device_modules']}: cannot import '{name}': {reason}"
+            ) from None
+
+
+def choose_device() -> str:
+    """Name the best device present: cuda, else xpu, else mps, else cpu."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def _check_device(args: Namespace, origins: Origins) -> None:
+    import torch
+
+    if args.device in (None, "auto"):
+        args.device = choose_device()
+        return
+    where = origins["device"]
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        known = ("cpu", "cuda", "mps", "xpu")
+        raise UsageError(
+            f"{where}: unknown device '{args.device}', expected one like cpu, cuda or cuda:1"
+            + closest(args.device, known)
+        ) from None
+    if device.type == "cpu":
+        return
+    module = getattr(torch, device.type, None)
+    is_available = getattr(module, "is_available", None)
+    if is_available is None or not is_available():
+        raise UsageError(
+            f"{where}: '{args.device}' asked for, but PyTorch finds no {device.type} device "
+            "here; leave the flag out to take the best one present, or give cpu"
+        )
+    count = module.device_count()
+    if device.index is not None and device.index >= count:
+        raise UsageError(f"{where}: '{args.device}' asked for, but there are only {count}, from 0")
+
+
+def _check_precision(args: Namespace, origins: Origins) -> None:
+    if args.amp and args.model_dtype not in (None, "float32"):
+        raise UsageError(
+            f"{origins['model_dtype']}: {args.model_dtype} weights do not go with --amp; "
+            "give one of the two"
+        )
+    if args.torchscript and args.torchcompile:
+        raise UsageError(f"{origins['torchscript']}: does not go with --torchcompile")
+
+
+def check_model_name(name: str, where: str) -> None:
+    """Check that a model is registered; names of hub and local folders are left to timm.
+
+    Raises:
+        UsageError: It is not; the closest names are given.
+    """
+    import timm
+
+    import qna_timm  # noqa: F401  (registers our models)
+
+    if name.startswith(_REMOTE_MODELS):
+        return
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        raise UsageError(f"{where}: unknown model '{name}'{closest(base, timm.list_models())}")
+    tagged = timm.list_models(f"{base}.*", pretrained=False, include_tags=True)
+    if tag and name not in tagged:
+        raise UsageError(f"{where}: model '{base}' has no weights '{tag}'{closest(name, tagged)}")
+
+
+def expand_model_names(spec: str, where: str = "--model") -> list[str]:
+    """List the models that validate.py's --model means.
+
+    Args:
+        spec: A name, a comma list, a pattern such as `qna_*`, `all` (every model with published
+            weights) or a text file with a name a line.
+        where: Begins an error message.
+
+    Raises:
+        UsageError: A name is unknown or a pattern fits none; the closest names are given.
+    """
+    import timm
+
+    import qna_timm  # noqa: F401  (registers our models)
+
+    if spec == "all":
+        return timm.list_models(pretrained=True)
+    if not timm.is_model(spec.partition(".")[0]) and Path(spec).is_file():
+        lines = Path(spec).read_text(encoding="utf-8").split("\n")
+        names = [line.strip() for line in lines if line.strip()]
+        if not names:
+            raise UsageError(f"{where}: '{spec}' holds no model name")
+    else:
+        names = [part.strip() for part in spec.split(",") if part.strip()]
+    models: list[str] = []
+    for name in names or [spec]:
+        if any(sign in name for sign in "*?["):
+            fitting = [model for model in timm.list_models() if fnmatch(model, name)]
+            if not fitting:
+                raise UsageError(f"{where}: no model fits the pattern '{name}'")
+            models += fitting
+        else:
+            check_model_name(name, where)
+            models.append(name)
+    return list(dict.fromkeys(models))
+
+
+def _check_dataset_name(args: Namespace, origins: Origins) -> None:
+    name = args.dataset
+    if not name:
+        return
+    where = origins["dataset"]
+    kind, slash, rest = name.partition("/")
+    valid = ["sklearn/digits", *(f"torch/{known}" for known in TORCH_DATASETS)]
+    if not slash or kind.lower() not in DATASET_KINDS or not rest:
+        kinds = ", ".join(f"{known}/NAME" for known in DATASET_KINDS[:-1])
+        raise UsageError(
+            f"{where}: unknown dataset '{name}', expected sklearn/digits, {kinds}, or nothing for "
+            f"a folder{closest(name, valid) or closest(rest or name, valid)}"
+        )
+    if kind.lower() in ("torch", "sklearn") and name.lower() not in valid:
+        raise UsageError(f"{where}: unknown dataset '{name}'{closest(name, valid)}")
+
+
+def _check_data_dir(args: Namespace, origins: Origins) -> None:
+    kind = args.dataset.partition("/")[0].lower()
+    if args.data_dir is None:
+        if not args.dataset and not args.builtin_data:
+            raise UsageError(
+                f"{origins['dataset']}: a dataset of folders needs --data-dir; "
+                "for the built-in one give --dataset sklearn/digits"
+            )
+        if kind == "torch":
+            raise UsageError(f"--data-dir: '{args.dataset}' needs a folder to be in")
+        return
+    # A set that is downloaded makes its own folder, and the other kinds may name an address.
+    if kind == "" or (kind == "torch" and not args.dataset_download):
+        _check_path(args, origins, "data_dir")
+
+
+def _check_path(args: Namespace, origins: Origins, key: str) -> None:
+    value = getattr(args, key)
+    if value and not Path(value).exists():
+        raise UsageError(f"{origins[key]}: there is no file or folder '{value}'")
+
+
+def _check_input(args: Namespace, origins: Origins) -> None:
+    if args.input_size and args.in_chans and args.input_size[0] != args.in_chans:
+        raise UsageError(
+            f"{origins['input_size']}: has {args.input_size[0]} channels, "
+            f"but --in-chans is {args.in_chans}"
+        )
+    channels = args.input_size[0] if args.input_size else args.in_chans or 3
+    for key in ("mean", "std"):
+        values = getattr(args, key)
+        if values and len(values) not in (1, channels):
+            raise UsageError(
+                f"{origins[key]}: expected 1 or {channels} values (channels), found {len(values)}"
+            )
+
+
+def _check_ordered_pairs(args: Namespace, origins: Origins) -> None:
+    for key in ("scale", "ratio", "cutmix_minmax"):
+        pair = getattr(args, key)
+        if pair and pair[0] > pair[1]:
+            raise UsageError(f"{origins[key]}: expected the lesser value first, found {pair}")
+    if args.decay_milestones != sorted(set(args.decay_milestones)):
+        raise UsageError(f"{origins['decay_milestones']}: must grow, found {args.decay_milestones}")
+
+
+def _check_mixing(args: Namespace, origins: Origins) -> None:
+    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    key = "mixup" if args.mixup > 0 else "cutmix"
+    if mixed and args.batch_size % 2:
+        raise UsageError(
+            f"{origins['batch_size']}: mixup and cutmix need an even batch, found {args.batch_size}"
+        )
+    if args.aug_splits == 1:
+        raise UsageError(f"{origins['aug_splits']}: must be 0 or at least 2, found 1")
+    if mixed and args.aug_splits:
+        raise UsageError(f"{origins[key]}: mixing does not go with --aug-splits")
+    if args.split_bn and not args.aug_splits:
+        raise UsageError(f"{origins['split_bn']}: needs --aug-splits of at least 2")
+
+
+def _check_loss(args: Namespace, origins: Origins) -> None:
+    """Settle on one loss: `loss` is set, and `bce_loss` and `jsd_loss` agree with it."""
+    asked = {args.loss} if args.loss else set()
+    asked |= {name for name in ("bce", "jsd") if getattr(args, f"{name}_loss")}
+    where = origins["loss" if args.loss else "bce_loss"]
+    if len(asked) > 1:
+        raise UsageError(f"{where}: several losses asked for, {' and '.join(sorted(asked))}")
+    args.loss = asked.pop() if asked else "ce"
+    args.bce_loss, args.jsd_loss = args.loss == "bce", args.loss == "jsd"
+    if args.loss in ("asl", "twoway", "zlpr", "db"):
+        raise UsageError(
+            f"{where}: '{args.loss}' is for multi-label training, which is not supported; "
+            "use ce, bce, poly or jsd"
+        )
+    if args.jsd_loss and not args.aug_splits:
+        raise UsageError(f"{origins['jsd_loss']}: the jsd loss needs --aug-splits of at least 2")
+    for key in ("bce_sum", "bce_target_thresh", "bce_pos_weight"):
+        if getattr(args, key) and not args.bce_loss:
+            raise UsageError(f"{origins[key]}: needs --bce-loss, the loss is {args.loss}")
+
+
+def _attempt(where: str, build: Callable[[], Any]) -> None:
+    """Let timm build something small, and tell in one line why it will not."""
+    try:
+        build()
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise UsageError(f"{where}: {' '.join(reason.split())}") from None
+
+
+def _check_optimizer(args: Namespace, origins: Origins) -> None:
+    """Check the optimizer's name, then all of its arguments by making one for a small layer."""
+    import torch
+    from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+
+    known = list_optimizers()
+    name = args.opt.lower()
+    if name.removeprefix("lookahead_") not in known:
+        raise UsageError(
+            f"{origins['opt']}: unknown optimizer '{args.opt}'"
+            + closest(name, [*known, *(f"lookahead_{opt}" for opt in known)])
+        )
+    settings = {**optimizer_kwargs(cfg=args), **args.opt_kwargs}
+    for key in ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale"):
+        settings.pop(key, None)
+    where = origins["opt_kwargs" if "opt_kwargs" in args.given else "opt"]
+    _attempt(where, lambda: create_optimizer_v2(torch.nn.Linear(2, 2), **settings))
+
+
+def _check_schedule(args: Namespace, origins: Origins) -> None:
+    import torch
+    from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+    if args.sched == "plateau" and args.sched_on_updates:
+        raise UsageError(f"{origins['sched_on_updates']}: the plateau schedule moves by epochs")
+    if args.lr_noise and len(args.lr_noise) > 2:
+        raise UsageError(
+            f"{origins['lr_noise']}: expected 1 or 2 values, found {len(args.lr_noise)}"
+        )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    settings = scheduler_kwargs(args, decreasing_metric=args.eval_metric == "loss")
+    _attempt(
+        origins["sched"],
+        lambda: create_scheduler_v2(optimizer, **settings, updates_per_epoch=10),
+    )
+    for key in ("start_epoch", "stop_epoch", "save_epochs"):
+        value = getattr(args, key)
+        last = max(value) if isinstance(value, list) else value
+        length = args.epochs + args.cooldown_epochs + args.warmup_prefix * args.warmup_epochs
+        if last is not None and args.lr_cycle_limit == 1 and last > length:
+            raise UsageError(f"{origins[key]}: {last} is beyond the run's {length} epochs")
+
+
+def _check_augmentation_policy(args: Namespace, origins: Origins) -> None:
+    if not args.aa:
+        return
+    from timm.data.auto_augment import (
+        augment_and_mix_transform,
+        auto_augment_transform,
+        rand_augment_transform,
+    )
+
+    builders = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    build = builders.get(args.aa.partition("-")[0], auto_augment_transform)
+    hparams = {"translate_const": 100, "img_mean": (124, 116, 104)}
+    _attempt(f"{origins['aa']} '{args.aa}'", lambda: build(args.aa, hparams))
+
+
+def _check_run(args: Namespace, origins: Origins) -> None:
+    for key in ("initial_checkpoint", "pretrained_path"):
+        _check_path(args, origins, key)
+    name = Path(args.experiment)
+    if name.is_absolute() or ".." in name.parts:
+        raise UsageError(
+            f"{origins['experiment']}: expected a folder name under --output, "
+            f"found '{args.experiment}'"
+        )
+    if args.resume == "auto":
+        if not args.experiment:
+            raise UsageError(
+                f"{origins['resume']}: 'auto' needs --experiment, the name of the run to go on with"
+            )
+    else:
+        _check_path(args, origins, "resume")
+
+
+def check_train_values(args: Namespace, origins: Origins, table: FlagTable) -> None:
+    """Check train.py's settings; sets `device` and settles `loss`.
+
+    Args:
+        args: Settings, each of the right type.
+        origins: Where each came from.
+        table: All flags.
+
+    Raises:
+        UsageError: Settings that cannot work, in one line.
+    """
+    _refuse_unsupported(args, origins, table)
+    _check_dataset_name(args, origins)
+    _check_data_dir(args, origins)
+    _check_input(args, origins)
+    _check_ordered_pairs(args, origins)
+    _check_mixing(args, origins)
+    _check_loss(args, origins)
+    _check_run(args, origins)
+    _import_device_modules(args, origins)
+    check_model_name(args.model, origins["model"])
+    _check_precision(args, origins)
+    _check_augmentation_policy(args, origins)
+    _check_optimizer(args, origins)
+    _check_schedule(args, origins)
+    _check_device(args, origins)
+
+
+def check_validate_values(args: Namespace, origins: Origins, table: FlagTable) -> None:
+    """Check validate.py's settings; sets `device` and, by the results file, `results_format`.
+
+    Raises:
+        UsageError: Settings that cannot work, in one line.
+    """
+    _refuse_unsupported(args, origins, table)
+    _check_dataset_name(args, origins)
+    _check_data_dir(args, origins)
+    _check_input(args, origins)
+    for key in ("checkpoint", "real_labels", "valid_labels"):
+        _check_path(args, origins, key)
+    suffix = Path(args.results_file).suffix.removeprefix(".").lower()
+    if suffix in ("csv", "json") and "results_format" not in args.given:
+        args.results_format = suffix
+    matrix = args.confusion_matrix
+    if matrix and Path(matrix).suffix.lower() != ".png":
+        raise UsageError(f"--confusion-matrix: expected a name ending in .png, found '{matrix}'")
+    _import_device_modules(args, origins)
+    expand_model_names(args.model, origins["model"])
+    _check_precision(args, origins)
+    _check_device(args, origins)

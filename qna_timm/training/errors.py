@@ -1,0 +1,52 @@
+"""Errors that a user can cause, and how a command reports them."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+
+class UsageError(Exception):
+    """A mistake in flags, files or data, told in one line.
+
+    The message names the flag, key, file or shape, what was found and what would be right.
+    `run_cli` turns it into exit code 2 without a traceback.
+    """
+
+
+def closest(name: str, candidates: Iterable[str], n: int = 3) -> str:
+    """Suggest valid names near a misspelt one.
+
+    Args:
+        name: What the user wrote.
+        candidates: Every valid name.
+        n: Most names to suggest.
+
+    Returns:
+        `"; did you mean 'a', 'b' or 'c'?"`, or `""` where nothing is near.
+    """
+    spelled = {str(candidate).lower(): str(candidate) for candidate in candidates if candidate}
+    near = difflib.get_close_matches(name.lower(), spelled, n=n, cutoff=0.6)
+    if not near and len(name) >= 3:
+        near = sorted((key for key in spelled if name.lower() in key), key=len)[:n]
+    if not near:
+        return ""
+    quoted = [f"'{spelled[key]}'" for key in near]
+    return f"; did you mean {' or '.join(filter(None, [', '.join(quoted[:-1]), quoted[-1]]))}?"
+
+
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's `main` and exit with its code.
+
+    A `UsageError` is printed as one line by rank 0 and ends every rank with exit code 2.
+    Anything else keeps its traceback: it is a defect of ours, not of the user's.
+    """
+    try:
+        code = main()
+    except UsageError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            message = " ".join(str(error).split())
+            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)

@@ -1,0 +1,296 @@
+"""Declarative command-line flags: what one is, how its value is read, and a parser made of them.
+
+A flag's value is converted by the same code whether it comes from the command line (strings) or
+from YAML (typed), so both are checked alike.
+"""
+
+import argparse
+import ast
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UsageError, closest
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition that each number of a flag has to fulfil; `text` completes "must be ..."."""
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+# Values that several flags choose from.
+INTERPOLATIONS = ("", "random", "bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
+DTYPES = ("float32", "float16", "bfloat16")
+
+POSITIVE = Rule("positive", lambda value: value > 0)
+NOT_NEGATIVE = Rule("zero or more", lambda value: value >= 0)
+PROBABILITY = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
+BELOW_ONE = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One command-line flag and YAML key.
+
+    Attributes:
+        names: Flags as typed, "-b --batch-size"; the first long one gives the key.
+        kind: Type of a value or list item: `int`, `float`, `str`, `bool` (a switch) or `dict`.
+        default: Value when neither command line nor YAML gives one.
+        help: One sentence; the default is added to it.
+        nargs: None for one value, "?" for an optional one, "+" for a list, a number for its length.
+        const: Value of a "?" flag given without one.
+        choices: Every valid string; None allows any.
+        rule: Condition on each number.
+        refusal: Why any value but the default is refused: such a flag exists only so that timm's
+            command lines and args.yaml files can be read.
+        yaml: False for a flag of the command line alone.
+    """
+
+    names: str
+    kind: type
+    default: Any
+    help: str
+    nargs: int | str | None = None
+    const: Any = None
+    choices: Sequence[str] | None = None
+    rule: Rule | None = None
+    refusal: str = ""
+    yaml: bool = True
+
+    @property
+    def options(self) -> list[str]:
+        """The flag as typed: its short and long names, or the bare name of a positional."""
+        return self.names.split()
+
+    @property
+    def long(self) -> str:
+        """The first long name, "--batch-size"."""
+        return next((name for name in self.options if name.startswith("--")), self.options[0])
+
+    @property
+    def key(self) -> str:
+        """Attribute in the parsed namespace and key in YAML, "batch_size"."""
+        return self.long.lstrip("-").replace("-", "_")
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the value is a list."""
+        return self.nargs == "+" or isinstance(self.nargs, int)
+
+
+FlagTable = Mapping[str, Sequence[Flag]]
+"""Group title to the flags of the group, in the order of `--help`."""
+
+
+def all_flags(table: FlagTable) -> Iterator[Flag]:
+    """Iterate over the flags of every group."""
+    for flags in table.values():
+        yield from flags
+
+
+def flags_by_key(table: FlagTable) -> dict[str, Flag]:
+    """Index a table by key."""
+    return {flag.key: flag for flag in all_flags(table)}
+
+
+_KIND_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return f"'{value}'"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value)
+
+
+def _convert_number(kind: type, value: Any) -> int | float | None:
+    """Read a number from a number or a numeric string; None where it is neither."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = kind(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    if kind is int and number != math.floor(number):
+        return None
+    return kind(number)
+
+
+def _convert_scalar(flag: Flag, value: Any, where: str) -> Any:
+    converted: Any = None
+    if flag.kind is bool:
+        converted = value if isinstance(value, bool) else None
+    elif flag.kind is str:
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            converted = str(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        converted = None
+    else:
+        converted = _convert_number(flag.kind, value)
+        if converted is not None and not math.isfinite(converted):
+            converted = None
+    if converted is None:
+        expected = _KIND_NAMES[flag.kind]
+        raise UsageError(f"{where}: expected {expected}, found {_shown(value)}")
+    if flag.choices is not None and converted not in flag.choices:
+        valid = ", ".join(_shown(choice) for choice in flag.choices)
+        raise UsageError(
+            f"{where}: unknown value {_shown(converted)}, valid are {valid}"
+            + closest(str(converted), flag.choices)
+        )
+    if flag.rule is not None and not flag.rule.holds(converted):
+        raise UsageError(f"{where}: must be {flag.rule.text}, found {_shown(converted)}")
+    return converted
+
+
+def _convert_dict(value: Any, where: str) -> dict[str, Any]:
+    """Read keyword arguments from a mapping, or from strings "name=value"."""
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    if not isinstance(value, list):
+        raise UsageError(f"{where}: expected name=value pairs, found {_shown(value)}")
+    result: dict[str, Any] = {}
+    for item in value:
+        name, equals, text = str(item).partition("=")
+        if not equals or not name:
+            raise UsageError(f"{where}: expected name=value, found {_shown(item)}")
+        try:
+            result[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            # A bare word is a string: nobody wants to quote twice on a command line.
+            result[name] = text
+    return result
+
+
+def convert(flag: Flag, value: Any, where: str) -> Any:
+    """Convert a raw value to a flag's type.
+
+    Args:
+        flag: The flag.
+        value: Strings from the command line, or what YAML holds. None means the default.
+        where: Flag or file and key, to begin an error message with.
+
+    Raises:
+        UsageError: The value is of the wrong type or length, no valid choice, or out of range.
+    """
+    if value is None:
+        return flag.default
+    if flag.kind is dict:
+        return _convert_dict(value, where)
+    if flag.nargs == "?" and isinstance(value, bool):
+        # YAML has no bare flag: `torchcompile: true` is one.
+        return flag.const if value else flag.default
+    if not flag.is_list:
+        return _convert_scalar(flag, value, where)
+    if not isinstance(value, list | tuple):
+        raise UsageError(f"{where}: expected a list, found {_shown(value)}")
+    if isinstance(flag.nargs, int) and len(value) != flag.nargs:
+        raise UsageError(f"{where}: expected {flag.nargs} values, found {len(value)}")
+    return [_convert_scalar(flag, item, where) for item in value]
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UsageError`s."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(re.sub(r"^argument ", "", message))
+
+
+def _metavar(flag: Flag) -> str:
+    if flag.choices is not None and len(flag.choices) <= 4:
+        return "{" + ",".join(flag.choices) + "}"
+    return {int: "N", float: "X", str: "TEXT", dict: "NAME=VALUE"}[flag.kind]
+
+
+def _help_text(flag: Flag) -> str:
+    text = flag.help
+    if flag.choices is not None and len(flag.choices) > 4:
+        text += f" One of {', '.join(choice or repr(choice) for choice in flag.choices)}."
+    if flag.kind is not bool and flag.default not in (None, "", [], {}):
+        default = flag.default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        text += f" (default: {shown})"
+    return text.replace("%", "%%")
+
+
+def _opposite(flag: Flag) -> str:
+    """The switch that turns a switch off again: --no-amp, --aug."""
+    name = flag.long.removeprefix("--")
+    return "--" + (name.removeprefix("no-") if name.startswith("no-") else f"no-{name}")
+
+
+def _add_flag(group: Any, flag: Flag) -> None:
+    if not flag.options[0].startswith("-"):
+        group.add_argument(flag.key, nargs="?", default=argparse.SUPPRESS, help=_help_text(flag))
+        return
+    common: dict[str, Any] = {"dest": flag.key, "default": argparse.SUPPRESS}
+    if flag.kind is bool:
+        group.add_argument(*flag.options, action="store_true", help=_help_text(flag), **common)
+        group.add_argument(_opposite(flag), action="store_false", help=argparse.SUPPRESS, **common)
+        return
+    nargs = "*" if flag.kind is dict else flag.nargs
+    const = {"const": flag.const} if flag.nargs == "?" else {}
+    group.add_argument(
+        *flag.options, nargs=nargs, metavar=_metavar(flag), help=_help_text(flag), **const, **common
+    )
+
+
+def build_parser(table: FlagTable, prog: str, description: str) -> argparse.ArgumentParser:
+    """Make the parser of a flag table; it yields raw values of only the flags that were given."""
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        epilog=(
+            "Names may be written with - or _. A switch that a recipe turns on is turned off by "
+            "--no-NAME (and --no-NAME by --NAME)."
+        ),
+    )
+    for title, flags in table.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            _add_flag(group, flag)
+    return parser
+
+
+def _with_dashes(argv: Sequence[str]) -> list[str]:
+    """Write every long flag with dashes: --batch_size=8 becomes --batch-size=8."""
+    result = []
+    for index, argument in enumerate(argv):
+        if argument == "--":
+            return [*result, *argv[index:]]
+        name, equals, value = argument.partition("=")
+        is_flag = re.fullmatch(r"--[A-Za-z][\w-]*", name) is not None
+        result.append(name.replace("_", "-") + equals + value if is_flag else argument)
+    return result
+
+
+def parse_command_line(
+    table: FlagTable, argv: Sequence[str], prog: str, description: str
+) -> dict[str, Any]:
+    """Parse a command line into converted values of the given flags, by key.
+
+    Raises:
+        UsageError: An unknown flag (with the closest valid one), a missing or wrong value.
+        SystemExit: `--help` was asked for.
+    """
+    parser = build_parser(table, prog, description)
+    namespace, unknown = parser.parse_known_args(_with_dashes(argv))
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        if not name.startswith("-"):
+            raise UsageError(
+                f"unexpected argument '{name}' (a value too many, or no flag before it)"
+            )
+        known = [option for flag in all_flags(table) for option in flag.options]
+        raise UsageError(f"unknown flag {name}" + closest(name, [k for k in known if k[0] == "-"]))
+    by_key = flags_by_key(table)
+    return {
+        key: convert(by_key[key], value, by_key[key].long) for key, value in vars(namespace).items()
+    }

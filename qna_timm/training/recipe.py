@@ -1,0 +1,242 @@
+"""Recipes: the settings of a run, from command line, YAML and defaults to a checked namespace.
+
+The command line goes before the YAML file, the file before the defaults. Every mistake that can be
+found without opening data or making a model is found here, before anything is written.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .checks import check_train_values, check_validate_values
+from .errors import UsageError, closest
+from .flags import Flag, FlagTable, all_flags, convert, flags_by_key, parse_command_line
+from .flags_train import TRAIN_FLAGS
+from .flags_validate import VALIDATE_FLAGS
+
+BUILTIN_DATASET = "sklearn/digits"
+
+# Derived by the parser, not settings: they have no flag and are left out of args.yaml.
+_DERIVED = ("given", "builtin_data")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe YAML loader that refuses a key written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping.
+
+        Raises:
+            yaml.constructor.ConstructorError: A key is there twice.
+        """
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key '{key}' is there twice", problem_mark=key_node.start_mark
+                )
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _load_yaml(path: Path) -> dict[Hashable, Any]:
+    """Read a YAML file that holds one mapping."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: is not a text file, expected YAML") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise UsageError(f"{path}: {line}is not YAML that can be read: {problem}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UsageError(f"{path}: expected lines of 'key: value', found a {kind}")
+    return content
+
+
+def read_recipe(path: Path, table: FlagTable) -> dict[str, Any]:
+    """Read a flat YAML recipe into converted values, by key.
+
+    A key is a flag's name with underscores or dashes; null stands for the default.
+
+    Args:
+        path: The YAML file.
+        table: Flags that are valid keys.
+
+    Raises:
+        UsageError: The file cannot be read or is no mapping, a key is unknown or there twice, or a
+            value is of the wrong type or out of range.
+    """
+    aliases = {
+        option.lstrip("-").replace("-", "_"): flag
+        for flag in all_flags(table)
+        if flag.yaml
+        for option in flag.options
+        if option.startswith("--") or not option.startswith("-")
+    }
+    values: dict[str, Any] = {}
+    for name, value in _load_yaml(path).items():
+        flag = aliases.get(str(name).replace("-", "_"))
+        if flag is None:
+            raise UsageError(f"{path}: unknown key '{name}'{closest(str(name), aliases)}")
+        if flag.key in values:
+            raise UsageError(f"{path}: key '{name}' is there twice (as '{flag.key}')")
+        values[flag.key] = convert(flag, value, f"{path}: key '{name}'")
+    return values
+
+
+def _merge(
+    table: FlagTable, layers: Sequence[tuple[str, Mapping[str, Any]]]
+) -> tuple[Namespace, dict[str, str]]:
+    """Lay settings over defaults, later layers first in rank; also tell where each came from.
+
+    Args:
+        table: All flags.
+        layers: Label of a layer ("" for the command line, else its file) and its values.
+    """
+    flags = flags_by_key(table)
+    args = Namespace(**{key: _copied(flag) for key, flag in flags.items()})
+    origins = {key: flag.long for key, flag in flags.items()}
+    for label, values in layers:
+        for key, value in values.items():
+            setattr(args, key, value)
+            origins[key] = f"{label}: key '{key}'" if label else flags[key].long
+    return args, origins
+
+
+def _copied(flag: Flag) -> Any:
+    """A flag's default; lists and dicts as copies, so that no run changes another's."""
+    default = flag.default
+    return type(default)(default) if isinstance(default, list | dict) else default
+
+
+def _fold_data(args: Namespace, origins: Mapping[str, str]) -> None:
+    """Put the positional data folder into data_dir."""
+    if args.data and args.data_dir and args.data != args.data_dir:
+        raise UsageError(
+            f"{origins['data_dir']}: two data folders are named, '{args.data}' and "
+            f"'{args.data_dir}'; give one"
+        )
+    args.data_dir = args.data_dir or args.data
+    del args.data
+
+
+def _apply_smoke(args: Namespace) -> None:
+    """Shrink a recipe to two updates on a few small digits, leaving its other keys in force.
+
+    The schedule keeps its length and stops after one epoch, so that warm-up, milestones and decays
+    are still built as the recipe asks.
+    """
+    args.dataset, args.data_dir = BUILTIN_DATASET, None
+    args.train_split, args.val_split, args.class_map = "train", "validation", ""
+    args.dataset_download = args.pretrained = args.log_wandb = False
+    if "pretrained_path" in args.given and not Path(str(args.pretrained_path)).exists():
+        args.pretrained_path = None
+    args.batch_size = min(args.batch_size, 8)
+    args.validation_batch_size = 64
+    args.workers = 0
+    # Multiples of 32 suit every stride; a recipe for larger images keeps room for its windows.
+    side = args.input_size[-1] if args.input_size else args.img_size
+    args.img_size = 64 if (side or 0) > 224 else 32
+    args.input_size = (
+        [args.input_size[0], args.img_size, args.img_size] if args.input_size else None
+    )
+    args.num_classes = None
+    args.max_steps = min(args.max_steps or 2, 2)
+    args.stop_epoch = 1
+    args.log_interval = 1
+
+
+def parse_train_args(
+    argv: Sequence[str] | None = None, quickstart: Path | None = None
+) -> Namespace:
+    """Parse and check the settings of train.py.
+
+    Args:
+        argv: Arguments after the script's name; those of this process when None.
+        quickstart: Recipe whose values become defaults when no data is named.
+
+    Returns:
+        Every flag by timm's name for it (`batch_size`, `data_dir`, ...), and `given`, the values
+        that command line and YAML set, and `builtin_data`, whether the built-in dataset was taken
+        because no data was named. `device` is never None.
+
+    Raises:
+        UsageError: Anything wrong with them, in one line.
+        SystemExit: `--help` was asked for.
+    """
+    command = parse_command_line(
+        TRAIN_FLAGS,
+        sys.argv[1:] if argv is None else argv,
+        "train.py",
+        "Train any timm or qna_timm model. With no data named it learns handwritten digits.",
+    )
+    layers: list[tuple[str, Mapping[str, Any]]] = [("", command)]
+    if command.get("config"):
+        path = Path(command["config"])
+        layers.insert(0, (str(path), read_recipe(path, TRAIN_FLAGS)))
+    given = {key: value for _, values in layers for key, value in values.items()}
+    builtin = not any(key in given for key in ("data", "data_dir", "dataset"))
+    if builtin and quickstart is not None:
+        layers.insert(0, (str(quickstart), read_recipe(quickstart, TRAIN_FLAGS)))
+    args, origins = _merge(TRAIN_FLAGS, layers)
+    if builtin:
+        args.dataset = BUILTIN_DATASET
+    args.given, args.builtin_data = given, builtin
+    _fold_data(args, origins)
+    if args.smoke:
+        _apply_smoke(args)
+    check_train_values(args, origins, TRAIN_FLAGS)
+    return args
+
+
+def parse_validate_args(argv: Sequence[str] | None = None) -> Namespace:
+    """Parse and check the settings of validate.py.
+
+    Args:
+        argv: Arguments after the script's name; those of this process when None.
+
+    Returns:
+        Every flag by timm's name for it, and `given`, the values set on the command line, and
+        `builtin_data`, whether no data was named (`dataset` is then left empty: the checkpoint may
+        know better). `device` is never None.
+
+    Raises:
+        UsageError: Anything wrong with them, in one line.
+        SystemExit: `--help` was asked for.
+    """
+    given = parse_command_line(
+        VALIDATE_FLAGS,
+        sys.argv[1:] if argv is None else argv,
+        "validate.py",
+        "Measure top-1, top-5, loss and speed of any timm or qna_timm model or checkpoint.",
+    )
+    args, origins = _merge(VALIDATE_FLAGS, [("", given)])
+    args.given = given
+    args.builtin_data = not any(key in given for key in ("data", "data_dir", "dataset"))
+    _fold_data(args, origins)
+    check_validate_values(args, origins, VALIDATE_FLAGS)
+    return args
+
+
+def as_yaml_dict(args: Namespace) -> dict[str, Any]:
+    """Settings of a run as flat plain values that `--config` reads back.
+
+    The device is kept only where it was asked for, so that a run made on one machine can be
+    repeated on another.
+    """
+    values = {key: value for key, value in vars(args).items() if key not in (*_DERIVED, "config")}
+    values["device"] = args.given.get("device")
+    return values
