@@ -1,0 +1,257 @@
+"""Datasets by timm's names, opened through timm's factory with its silent traps closed.
+
+`open_datasets` gives the two datasets of a training run, `open_dataset` one split. What they
+return fits `create_train_loader` and `create_eval_loader`, which live in `loaders.py`.
+"""
+
+import argparse
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from timm.data import create_dataset
+from torch.utils.data import Dataset, IterableDataset
+
+from .digits import Digits
+from .errors import UsageError, closest
+from .loaders import (
+    ImageLoader,
+    create_eval_loader,
+    create_train_loader,
+    process_place,
+    set_epoch,
+    uses_prefetcher,
+)
+from .splits import find_split, is_train_split, split_flag
+from .views import ImageView, class_names_of, use_class_names
+
+__all__ = [
+    "DATASET_PREFIXES",
+    "TORCH_DATASETS",
+    "ImageLoader",
+    "create_eval_loader",
+    "create_train_loader",
+    "dataset_classes",
+    "open_dataset",
+    "open_datasets",
+    "set_epoch",
+    "uses_prefetcher",
+]
+
+_logger = logging.getLogger(__name__)
+
+DATASET_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/", "sklearn/")
+_TORCH_TWO_SPLITS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+_TORCH_FOLDERS = ("image_folder", "folder")
+TORCH_DATASETS = (
+    *_TORCH_TWO_SPLITS,
+    "inaturalist",
+    "inat",
+    "places365",
+    "imagenet",
+    *_TORCH_FOLDERS,
+)
+_READER_MODULES = {
+    "hfds": ("datasets", "datasets"),
+    "hfids": ("datasets", "datasets"),
+    "tfds": ("tensorflow_datasets", "tensorflow tensorflow-datasets"),
+    "wds": ("webdataset", "webdataset"),
+}
+
+
+def _prefix(name: str) -> str:
+    prefix, slash, _ = name.partition("/")
+    return prefix.lower() if slash else ""
+
+
+def _image_mode(args: argparse.Namespace) -> str:
+    """The PIL mode to read; `create_*_loader` corrects the default to the model's channels."""
+    if args.input_img_mode:
+        return args.input_img_mode
+    channels = args.input_size[0] if args.input_size else args.in_chans
+    if channels not in (None, 1, 3):
+        raise UsageError(
+            f"--in-chans {channels} fits no default image mode; "
+            "name one with --input-img-mode, for example RGBA or CMYK for 4 channels"
+        )
+    return "L" if channels == 1 else "RGB"
+
+
+def _num_samples(args: argparse.Namespace, is_training: bool) -> int | None:
+    names = ("train_num_samples",) if is_training else ("val_num_samples", "num_samples")
+    return next((value for name in names if (value := getattr(args, name, None))), None)
+
+
+@contextmanager
+def _first_rank_first(enabled: bool) -> Iterator[None]:
+    """Lets rank 0 download before the other ranks look."""
+    rank, world_size = process_place()
+    wait = enabled and world_size > 1
+    if wait and rank > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if wait and rank == 0:
+            dist.barrier()
+
+
+def _create(args: argparse.Namespace, split: str, is_training: bool, **kwargs: Any) -> Dataset:
+    """timm's factory; whatever a reader raises becomes one line."""
+    common = {
+        "name": args.dataset,
+        "root": args.data_dir,
+        "split": split,
+        "search_split": False,
+        "is_training": is_training,
+        "class_map": args.class_map,
+        "download": args.dataset_download,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "repeats": getattr(args, "epoch_repeats", 0),
+        "num_samples": _num_samples(args, is_training),
+        "input_img_mode": _image_mode(args),
+        "input_key": args.input_key,
+        "target_key": args.target_key,
+        "trust_remote_code": args.dataset_trust_remote_code,
+    }
+    try:
+        with _first_rank_first(args.dataset_download):
+            return create_dataset(**{**common, **kwargs})
+    except Exception as error:
+        # Readers of four libraries raise what they like; here it can only be the user's data.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = f" in {args.data_dir}" if args.data_dir else ""
+        hint = ""
+        if _prefix(args.dataset) == "torch" and not args.dataset_download:
+            hint = "; --dataset-download fetches it"
+        elif args.class_map and "0 images" in reason:
+            hint = f"; are its folders named in --class-map {args.class_map}?"
+        raise UsageError(
+            f"cannot open dataset {args.dataset or 'folder'!r}, split {split!r}{where}: "
+            f"{reason}{hint}"
+        ) from error
+
+
+def _open_digits(args: argparse.Namespace, split: str, is_training: bool) -> ImageView:
+    name = args.dataset
+    if name.lower() != "sklearn/digits":
+        raise UsageError(f"--dataset {name}: the only scikit-learn dataset is 'sklearn/digits'")
+    digits = Digits(is_validation=not is_train_split(split, split_flag(args, is_training)))
+    return ImageView(digits, _image_mode(args), class_names=digits.classes)
+
+
+def _open_torch(args: argparse.Namespace, split: str, is_training: bool) -> ImageView:
+    name = args.dataset.split("/", 2)[-1].lower()
+    if name not in TORCH_DATASETS:
+        raise UsageError(
+            f"--dataset {args.dataset}: timm knows no torchvision dataset {name!r}"
+            f"{closest(name, TORCH_DATASETS)}"
+        )
+    if not args.data_dir:
+        raise UsageError(f"--dataset {args.dataset} needs --data-dir, the folder it is kept in")
+    root = args.data_dir
+    if name in _TORCH_TWO_SPLITS:
+        # timm takes every name it does not know for the test part
+        is_train = is_train_split(split, split_flag(args, is_training), ("test",))
+        split = "train" if is_train else "validation"
+    elif name in _TORCH_FOLDERS:
+        root = find_split(args, split, is_training)
+    dataset = _create(args, split, is_training, root=root)
+    names = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", ())
+    # ImageNet names a class by a tuple of synonyms
+    flat = [name if isinstance(name, str) else ", ".join(name) for name in names]
+    return ImageView(dataset, _image_mode(args), class_names=flat)
+
+
+def _open_folder(args: argparse.Namespace, split: str, is_training: bool) -> Dataset:
+    root = find_split(args, split, is_training)
+    dataset = _create(args, split, is_training, root=root)
+    if "" in (class_names_of(dataset) or ()):
+        raise UsageError(
+            f"{root} holds images directly; put them in one folder per class, "
+            f"for example {root}/cat and {root}/dog"
+        )
+    return dataset
+
+
+def _open_reader(args: argparse.Namespace, split: str, is_training: bool) -> Dataset:
+    module, packages = _READER_MODULES[_prefix(args.dataset)]
+    if importlib.util.find_spec(module) is None:
+        raise UsageError(f"--dataset {args.dataset} needs {module}: pip install {packages}")
+    return _create(args, split, is_training)
+
+
+def _limited(dataset: Dataset, num_samples: int | None) -> Dataset:
+    """At most `num_samples` samples, spread evenly so that sorted classes all stay."""
+    if not num_samples or num_samples >= len(dataset):
+        return dataset
+    indices = [i * len(dataset) // num_samples for i in range(num_samples)]
+    mode = getattr(dataset, "input_img_mode", None)
+    return ImageView(dataset, mode, indices=indices, class_names=class_names_of(dataset))
+
+
+def _opener(name: str) -> Callable[[argparse.Namespace, str, bool], Dataset]:
+    """The function that opens datasets of this name's kind."""
+    prefix = _prefix(name)
+    if not name:
+        return _open_folder
+    if prefix in _READER_MODULES:
+        return _open_reader
+    if prefix in ("sklearn", "torch"):
+        return _open_digits if prefix == "sklearn" else _open_torch
+    known = ("sklearn/digits", *(f"torch/{name}" for name in TORCH_DATASETS), *DATASET_PREFIXES)
+    raise UsageError(
+        f"--dataset {name!r} is unknown; leave it out for a folder of images, or begin with one "
+        f"of {' '.join(DATASET_PREFIXES)}{closest(name, known)}"
+    )
+
+
+def open_dataset(
+    args: argparse.Namespace,
+    split: str,
+    is_training: bool,
+    *,
+    class_names: Sequence[str] | None = None,
+) -> Dataset:
+    """Opens one split of the dataset that the flags name; `create_*_loader` sets its transform.
+
+    Args:
+        args: timm's dataset flags.
+        split: Name of the split.
+        is_training: Whether it is read for training.
+        class_names: Class names by label that the labels must follow: those of the training
+            split, or of the checkpoint. A split in another order is relabelled by name.
+
+    Raises:
+        UsageError: unknown dataset, missing folder or split, no images, missing package, not
+            downloaded, or a class that is not among `class_names`.
+    """
+    dataset = _opener(args.dataset)(args, split, is_training)
+    if not isinstance(dataset, IterableDataset):
+        dataset = _limited(dataset, _num_samples(args, is_training))
+        if not len(dataset):
+            raise UsageError(f"{split_flag(args, is_training)} {split!r} holds no samples")
+    if class_names is not None:
+        use_class_names(dataset, class_names, f"split {split!r}")
+    return dataset
+
+
+def open_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """Opens the training and the validation split with the labels of the training split.
+
+    Raises:
+        UsageError: as `open_dataset`; also when validation has a class that training lacks.
+    """
+    train = open_dataset(args, args.train_split, True)
+    names = class_names_of(train)
+    return train, open_dataset(args, args.val_split, False, class_names=names)
+
+
+def dataset_classes(dataset: Dataset) -> tuple[int | None, list[str] | None]:
+    """Number of classes and their names by label; (None, None) where the data does not say."""
+    names = class_names_of(dataset)
+    return (len(names), names) if names else (None, None)

@@ -1,0 +1,343 @@
+"""Loaders: timm's transforms, collation and prefetching around our reproducible order."""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.data import AugMixDataset, create_loader
+from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from .errors import UsageError
+from .sampling import EpochSampler, KeyedCollate, KeyedDataset
+
+_PREFETCH_DEVICES = ("cuda", "npu")
+# Readers that share their files out over all workers of all ranks pad less with few workers.
+_SHARDED_READERS = ("tfds/", "wds/")
+
+
+def uses_prefetcher(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether batches are normalised, erased and (with `FastCollateMixup`) mixed by the loader."""
+    return not args.no_prefetcher and device.type in _PREFETCH_DEVICES
+
+
+def process_place() -> tuple[int, int]:
+    """This process's (rank, world_size); (0, 1) without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+class ImageLoader:
+    """Yields (input [B, C, H, W], target) on the device from one of timm's loaders.
+
+    Args:
+        loader: `DataLoader` or `PrefetchLoader`.
+        device: Where batches go.
+        img_dtype: Type of the input.
+        mixes: Whether the collate function mixes samples (`FastCollateMixup`).
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader | PrefetchLoader,
+        device: torch.device,
+        img_dtype: torch.dtype,
+        mixes: bool = False,
+    ) -> None:
+        self.loader = loader
+        self.device = device
+        self.img_dtype = img_dtype
+        self._mixes = mixes
+        self._left_early = False
+
+    @property
+    def _inner(self) -> DataLoader:
+        return self.loader.loader if isinstance(self.loader, PrefetchLoader) else self.loader
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """The sampler, or None for iterable datasets (torch puts a placeholder there)."""
+        return None if isinstance(self.dataset, IterableDataset) else self._inner.sampler
+
+    @property
+    def dataset(self) -> Dataset:
+        """The dataset as it was opened, with its transform set."""
+        dataset = self._inner.dataset
+        return dataset.dataset if isinstance(dataset, KeyedDataset) else dataset
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step of this process."""
+        return self._inner.batch_size
+
+    @property
+    def mixup_enabled(self) -> bool:
+        """Whether the loader mixes samples; setting it takes effect at the next epoch."""
+        return self._mixes and self._mixing_switch.mixup_enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        if self._mixes and enabled != self._mixing_switch.mixup_enabled:
+            self._mixing_switch.mixup_enabled = enabled
+            self._forget_prefetched()
+
+    @property
+    def _mixing_switch(self) -> Any:
+        sampler = self._inner.sampler
+        return sampler if isinstance(sampler, EpochSampler) else self._inner.collate_fn
+
+    def _forget_prefetched(self) -> None:
+        """Drops batches that timm's multi-epochs loader has begun to read ahead."""
+        if isinstance(self._inner, MultiEpochsDataLoader):
+            self._inner.iterator = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose samples the next iteration gives."""
+        if self._left_early:
+            self._forget_prefetched()
+        self._left_early = False
+        for holder in (self.dataset, self._inner.sampler):
+            if hasattr(holder, "set_epoch"):
+                holder.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._left_early = True
+        for inputs, target in self.loader:
+            yield (
+                inputs.to(self.device, self.img_dtype, non_blocking=True),
+                target.to(self.device, non_blocking=True),
+            )
+        self._left_early = False
+
+
+def set_epoch(loader: ImageLoader, epoch: int) -> None:
+    """Makes the next iteration of a training loader give this epoch's order and augmentations."""
+    loader.set_epoch(epoch)
+
+
+def _set_image_mode(dataset: Dataset, args: argparse.Namespace, channels: int) -> None:
+    """Lets images arrive with the model's number of channels unless the user chose a mode."""
+    if args.input_img_mode or channels not in (1, 3):
+        return
+    while isinstance(dataset, AugMixDataset):
+        dataset = dataset.dataset
+    if hasattr(dataset, "input_img_mode"):
+        dataset.input_img_mode = "L" if channels == 1 else "RGB"
+
+
+def _image_dtype(args: argparse.Namespace) -> torch.dtype:
+    return getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
+
+
+def _rebuilt(loader: DataLoader, seed: int, **changes: Any) -> DataLoader:
+    """A loader like timm's with some parts replaced, and a generator of its own.
+
+    Without its own generator a loader draws from the global one, at moments that differ between
+    a resumed and a straight run.
+    """
+    iterable = isinstance(loader.dataset, IterableDataset)
+    kwargs: dict[str, Any] = {
+        "dataset": loader.dataset,
+        "batch_size": loader.batch_size,
+        "sampler": None if iterable else loader.sampler,
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "drop_last": loader.drop_last,
+        "worker_init_fn": loader.worker_init_fn,
+        "persistent_workers": loader.persistent_workers,
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    loader_class = MultiEpochsDataLoader if changes.pop("multi_epochs", False) else DataLoader
+    return loader_class(**{**kwargs, **changes})
+
+
+def _build(dataset: Dataset, args: argparse.Namespace, **kwargs: Any) -> Any:
+    """timm's `create_loader`, with bad augmentation values told as a usage error."""
+    try:
+        return create_loader(dataset, **kwargs)
+    except (AssertionError, KeyError, ValueError) as error:
+        reason = str(error) or type(error).__name__
+        raise UsageError(
+            f"cannot build the image transforms (--aa {args.aa!r}, --scale {args.scale}, "
+            f"--ratio {args.ratio}, --remode {args.remode}): {reason}"
+            if kwargs["is_training"]
+            else f"cannot build the image transforms: {reason}"
+        ) from error
+
+
+def _train_kwargs(args: argparse.Namespace, data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's names for what our flags say about training images."""
+    interpolation = args.train_interpolation
+    if args.no_aug or not interpolation:
+        interpolation = data_config["interpolation"]
+    return {
+        "no_aug": args.no_aug,
+        "re_prob": args.reprob,
+        "re_mode": args.remode,
+        "re_count": args.recount,
+        "re_split": args.resplit,
+        "train_crop_mode": args.train_crop_mode,
+        "scale": args.scale,
+        "ratio": args.ratio,
+        "hflip": args.hflip,
+        "vflip": args.vflip,
+        "color_jitter": args.color_jitter,
+        "color_jitter_prob": args.color_jitter_prob,
+        "grayscale_prob": args.grayscale_prob or 0.0,
+        "gaussian_blur_prob": args.gaussian_blur_prob or 0.0,
+        "auto_augment": args.aa,
+        "interpolation": interpolation,
+        "worker_seeding": args.worker_seeding,
+    }
+
+
+def _check_step_fits(sampler: EpochSampler, batch_size: int, world_size: int) -> None:
+    if sampler.num_steps:
+        return
+    product = f"{batch_size}"
+    if world_size > 1:
+        product = f"{batch_size} x {world_size} processes = {batch_size * world_size} images a step"
+    raise UsageError(
+        f"--batch-size {product} is larger than the training set of {sampler.num_samples} images; "
+        f"use --batch-size {max(1, sampler.num_samples // world_size)} or less"
+    )
+
+
+def create_train_loader(
+    dataset: Dataset,
+    args: argparse.Namespace,
+    data_config: Mapping[str, Any],
+    *,
+    device: torch.device,
+    mixup_collate: Callable[..., Any] | None = None,
+    num_aug_splits: int = 0,
+) -> ImageLoader:
+    """Training loader with every augmentation flag of `args`.
+
+    Args:
+        dataset: From `open_dataset`; wrapped for AugMix here when `num_aug_splits` > 1.
+        args: timm's flags.
+        data_config: timm's `input_size`, `interpolation`, `mean`, `std`.
+        device: Where batches go.
+        mixup_collate: timm's `FastCollateMixup`; needs `uses_prefetcher(args, device)`.
+        num_aug_splits: Augmented copies of each sample in a batch (0: no splits).
+
+    Raises:
+        UsageError: one step needs more images than there are, or an augmentation flag is wrong.
+    """
+    rank, world_size = process_place()
+    iterable = isinstance(dataset, IterableDataset)
+    sampler = None
+    if not iterable:
+        sampler = EpochSampler(
+            len(dataset),
+            args.batch_size,
+            seed=args.seed,
+            rank=rank,
+            world_size=world_size,
+            epoch_repeats=args.epoch_repeats,
+            aug_repeats=args.aug_repeats,
+        )
+        _check_step_fits(sampler, args.batch_size, world_size)
+    elif args.aug_repeats or num_aug_splits > 1:
+        flag = "--aug-repeats" if args.aug_repeats else "--aug-splits"
+        raise UsageError(f"{flag} needs a dataset with random access, not {args.dataset!r}")
+    if num_aug_splits > 1 and not isinstance(dataset, AugMixDataset):
+        dataset = AugMixDataset(dataset, num_splits=num_aug_splits)
+    _set_image_mode(dataset, args, data_config["input_size"][0])
+    img_dtype = _image_dtype(args)
+    loader = _build(
+        dataset,
+        args,
+        input_size=data_config["input_size"],
+        batch_size=args.batch_size,
+        is_training=True,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        num_aug_splits=num_aug_splits,
+        num_workers=args.workers,
+        collate_fn=mixup_collate,
+        pin_memory=args.pin_mem,
+        img_dtype=img_dtype,
+        device=device,
+        use_prefetcher=uses_prefetcher(args, device),
+        **_train_kwargs(args, data_config),
+    )
+    inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
+    changes: dict[str, Any] = {"multi_epochs": args.use_multi_epochs_loader}
+    if sampler is not None:
+        changes["dataset"] = KeyedDataset(inner.dataset, args.worker_seeding)
+        changes["sampler"] = sampler
+        changes["collate_fn"] = KeyedCollate(inner.collate_fn)
+    elif mixup_collate is not None:
+        # Persistent workers hold copies of the collate function and would never stop mixing.
+        changes["persistent_workers"] = False
+    inner = _rebuilt(inner, args.seed + rank, **changes)
+    if isinstance(loader, PrefetchLoader):
+        loader.loader = inner
+    else:
+        loader = inner
+    return ImageLoader(loader, device, img_dtype, mixes=mixup_collate is not None)
+
+
+def create_eval_loader(
+    dataset: Dataset,
+    args: argparse.Namespace,
+    data_config: Mapping[str, Any],
+    *,
+    device: torch.device,
+    batch_size: int,
+) -> ImageLoader:
+    """Evaluation loader in dataset order; each process reads every world_size-th image.
+
+    The sampler pads the processes to equal counts; `evaluate` leaves the padding out.
+
+    Args:
+        dataset: From `open_dataset`.
+        args: timm's flags.
+        data_config: timm's `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
+        device: Where batches go.
+        batch_size: Images per step of this process.
+
+    Raises:
+        UsageError: a value of `data_config` that timm's transforms refuse.
+    """
+    rank, world_size = process_place()
+    workers = args.workers
+    if world_size > 1 and args.dataset.lower().startswith(_SHARDED_READERS):
+        workers = min(2, workers)
+    _set_image_mode(dataset, args, data_config["input_size"][0])
+    img_dtype = _image_dtype(args)
+    loader = _build(
+        dataset,
+        args,
+        input_size=data_config["input_size"],
+        batch_size=batch_size,
+        is_training=False,
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+        crop_pct=data_config["crop_pct"],
+        crop_mode=data_config.get("crop_mode"),
+        crop_border_pixels=getattr(args, "crop_border_pixels", None),
+        num_workers=workers,
+        distributed=world_size > 1,
+        pin_memory=args.pin_mem,
+        img_dtype=img_dtype,
+        device=device,
+        use_prefetcher=uses_prefetcher(args, device),
+        tf_preprocessing=getattr(args, "tf_preprocessing", False),
+    )
+    if isinstance(loader, PrefetchLoader):
+        loader.loader = _rebuilt(loader.loader, args.seed + rank)
+    else:
+        loader = _rebuilt(loader, args.seed + rank)
+    return ImageLoader(loader, device, img_dtype)
