@@ -1,0 +1,5 @@
+"""Architectures; importing this package registers them with timm."""
+
+from qna_timm.models.qna_vit import QnAViT
+
+__all__ = ["QnAViT"]

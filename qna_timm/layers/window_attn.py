@@ -1,0 +1,99 @@
+"""Multi-head self-attention in tiled windows, as a layer on channels-last maps."""
+
+import torch
+from timm.layers import register_notrace_function, use_fused_attn
+from timm.layers.weight_init import lecun_normal_
+from torch import Tensor, nn
+
+from qna_timm.ops import resize_offset_table, window_attention
+
+register_notrace_function(window_attention)
+
+
+def _table_side(window_size: tuple[int, int]) -> tuple[int, int]:
+    return 2 * window_size[0] - 1, 2 * window_size[1] - 1
+
+
+class WindowAttention(nn.Module):
+    """Self-attention inside non-overlapping windows with a relative position bias.
+
+        out_a = proj(concat_j sum_b softmax_b(q_a . k_b / sqrt(d) + rel_pos_bias[a - b, j]) v_b)
+
+    A map that the windows do not divide is continued by padding that no query sees; a map smaller
+    than the window is one window, with the biases of the distances that occur.
+
+    Args:
+        dim: Input channels.
+        num_heads: Heads, a divisor of dim_attn.
+        window_size: (height, width) of a window, in tokens.
+        dim_attn: Channels of queries, keys, values and output, dim if None.
+        rel_pos_bias: Learn a bias for each distance and head.
+        qkv_bias: Biases on the projections.
+        proj_drop: Dropout after the output projection.
+
+    Shape: [B, H, W, dim] -> [B, H, W, dim_attn], any H and W.
+    """
+
+    fused_attn: torch.jit.Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: tuple[int, int],
+        dim_attn: int | None = None,
+        rel_pos_bias: bool = True,
+        qkv_bias: bool = False,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        dim_attn = dim_attn or dim
+        if dim_attn % num_heads:
+            raise ValueError(f"num_heads must divide dim_attn={dim_attn}, got {num_heads}")
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.fused_attn = use_fused_attn()
+        self.qkv = nn.Linear(dim, 3 * dim_attn, bias=qkv_bias, **dd)
+        self.rel_pos_bias: nn.Parameter | None = None
+        if rel_pos_bias:
+            rows, cols = _table_side(window_size)
+            self.rel_pos_bias = nn.Parameter(torch.empty(rows * cols, num_heads, **dd))
+        self.proj = nn.Linear(dim_attn, dim_attn, bias=qkv_bias, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """LeCun-normal projections, zero biases."""
+        for linear in (self.qkv, self.proj):
+            lecun_normal_(linear.weight)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.rel_pos_bias is not None:
+            nn.init.zeros_(self.rel_pos_bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the released recipe does not decay."""
+        return set() if self.rel_pos_bias is None else {"rel_pos_bias"}
+
+    @torch.jit.ignore
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Change the window, (height, width) in tokens; the bias table is resized with it."""
+        if self.rel_pos_bias is not None:
+            table = self.rel_pos_bias
+            resized = resize_offset_table(
+                table.detach(), _table_side(self.window_size), _table_side(window_size)
+            )
+            self.rel_pos_bias = nn.Parameter(resized, requires_grad=table.requires_grad)
+        self.window_size = window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = window_attention(
+            self.qkv(x), self.rel_pos_bias, self.num_heads, self.window_size, self.fused_attn
+        )
+        return self.proj_drop(self.proj(x))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, window_size={self.window_size}"

@@ -1,0 +1,32 @@
+"""Resizing of tables that hold a row for each offset of a window."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resize_offset_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Bicubic resize of a table over window offsets, as the released fine-tuning code does it.
+
+    Keys' kernel with a = -0.5 on half-pixel centres, widened when shrinking. PyTorch's plain
+    bicubic takes a = -0.75; its antialiased one takes -0.5 and is the same kernel when enlarging.
+
+    Args:
+        table: [old_h * old_w, ...], row-major.
+        old: (old_h, old_w).
+        new: (new_h, new_w).
+
+    Returns:
+        [new_h * new_w, ...] in the table's dtype.
+    """
+    if old == new:
+        return table
+    shape = [new[0] * new[1]] + list(table.shape[1:])  # noqa: RUF005 - scriptable
+    if table.is_meta:
+        return torch.empty(shape, dtype=table.dtype, device=table.device)
+    grid = table.flatten(1).t().unflatten(1, old).unsqueeze(0)
+    if grid.dtype != torch.float64:
+        grid = grid.float()
+    size = [new[0], new[1]]
+    grid = F.interpolate(grid, size, mode="bicubic", align_corners=False, antialias=True)
+    return grid[0].flatten(1).t().reshape(shape).to(table.dtype)

@@ -1,0 +1,81 @@
+"""Attention inside tiled windows of a map, at any map size.
+
+Letters: B batch, H W map, C channels, h heads, d head_dim, N tokens of a window.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rel_pos_bias_matrix(table: Tensor, table_window: tuple[int, int], window: tuple[int, int]) -> Tensor:
+    """Bias of every token pair of a window, [h, N, N], from the table of relative positions.
+
+    Args:
+        table: [(2*Wh-1) * (2*Ww-1), h]; row (ya-yb+Wh-1) * (2*Ww-1) + (xa-xb+Ww-1) is the bias of
+            query a for key b.
+        table_window: (Wh, Ww) that the table was made for.
+        window: (height, width) of the window, at most the table's.
+    """
+    height, width = window
+    top = table_window[0] - height
+    left = table_window[1] - width
+    grid = table.unflatten(0, (2 * table_window[0] - 1, 2 * table_window[1] - 1))
+    grid = grid[top : top + 2 * height - 1, left : left + 2 * width - 1]
+    # Element [ya, r] of the unfolded grid is row ya + r; the flip makes r = height-1-yb of it.
+    grid = grid.unfold(0, height, 1).flip(3)  # ya, 2*width-1, h, yb
+    grid = grid.unfold(1, width, 1).flip(4)  # ya, xa, h, yb, xb
+    return grid.permute(2, 0, 1, 3, 4).reshape(-1, height * width, height * width)
+
+
+def _window_mask(size: tuple[int, int], window: tuple[int, int], device: torch.device) -> Tensor:
+    """Which keys of each window lie on the map: bool [windows, 1, 1, N]."""
+    counts = ((size[0] + window[0] - 1) // window[0], (size[1] + window[1] - 1) // window[1])
+    rows = torch.arange(counts[0] * window[0], device=device).view(counts[0], 1, window[0], 1)
+    cols = torch.arange(counts[1] * window[1], device=device).view(1, counts[1], 1, window[1])
+    return ((rows < size[0]) & (cols < size[1])).flatten(2).flatten(0, 1)[:, None, None]
+
+
+def tiled_window_attention(
+    qkv: Tensor,
+    rel_pos_bias: Tensor | None,
+    num_heads: int,
+    window_size: tuple[int, int],
+    fused: bool,
+) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v in every window; see `window_attention`."""
+    batch, height, width, channels = qkv.shape
+    # a map smaller than the window is a window of its own: same pairs, same biases
+    window = (min(window_size[0], height), min(window_size[1], width))
+    pad_h = (window[0] - height % window[0]) % window[0]
+    pad_w = (window[1] - width % window[1]) % window[1]
+    qkv = F.pad(qkv, [0, 0, 0, pad_w, 0, pad_h])
+    rows = (height + pad_h) // window[0]
+    cols = (width + pad_w) // window[1]
+    tokens = window[0] * window[1]
+    head_dim = channels // (3 * num_heads)
+    qkv = qkv.view(batch, rows, window[0], cols, window[1], 3, num_heads, head_dim)
+    # 3, B, rows, cols, h, wy, wx, d -> 3, B, windows*h, N, d
+    qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch, -1, tokens, head_dim)
+    q, k, v = qkv.unbind(0)
+
+    mask: Tensor | None = None
+    if rel_pos_bias is not None:
+        mask = rel_pos_bias_matrix(rel_pos_bias, window_size, window).to(q.dtype)
+        mask = mask.repeat(rows * cols, 1, 1)  # windows*h, N, N
+    if pad_h > 0 or pad_w > 0:
+        valid = _window_mask((height, width), window, q.device)
+        valid = valid.expand(-1, num_heads, tokens, -1).flatten(0, 1)
+        if mask is None:
+            mask = torch.zeros_like(valid, dtype=q.dtype)
+        mask = mask.masked_fill(~valid, float("-inf"))
+    if fused:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    else:
+        attn = (q * head_dim**-0.5) @ k.transpose(-2, -1)
+        if mask is not None:
+            attn = attn + mask
+        out = attn.softmax(dim=-1) @ v
+    out = out.view(batch, rows, cols, num_heads, window[0], window[1], head_dim)
+    out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * window[0], cols * window[1], -1)
+    return out[:, :height, :width]
