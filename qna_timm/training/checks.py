@@ -3,38 +3,23 @@
 import importlib
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, closest
 from .flags import FlagTable, all_flags
+from .names import check_dataset_name, check_model_name, expand_model_names
 
 Origins = Mapping[str, str]
 """Where a setting came from, by key: "--lr" or "FILE: key 'lr'"; begins an error message."""
 
-TORCH_DATASETS = (
-    "cifar10",
-    "cifar100",
-    "mnist",
-    "kmnist",
-    "qmnist",
-    "fashion_mnist",
-    "inaturalist",
-    "inat",
-    "places365",
-    "imagenet",
-    "image_folder",
-    "folder",
-)
-DATASET_KINDS = ("torch", "hfds", "hfids", "tfds", "wds", "sklearn")
-_REMOTE_MODELS = ("hf-hub:", "hf_hub:", "local-dir:")
-
 
 def _refuse_unsupported(args: Namespace, origins: Origins, table: FlagTable) -> None:
     for flag in all_flags(table):
-        if flag.refusal and getattr(args, flag.key) != flag.default:
-            raise UsageError(f"{origins[flag.key]}: {flag.refusal}")
+        where = origins[flag.key]
+        passed_over = flag.inert and not where.startswith("-")
+        if flag.refusal and not passed_over and getattr(args, flag.key) != flag.default:
+            raise UsageError(f"{where}: {flag.refusal}")
 
 
 def _import_device_modules(args: Namespace, origins: Origins) -> None:
@@ -73,16 +58,18 @@ def _check_device(args: Namespace, origins: Origins) -> None:
         ) from None
     if device.type == "cpu":
         return
-    module = getattr(torch, device.type, None)
-    is_available = getattr(module, "is_available", None)
-    if is_available is None or not is_available():
+    try:
+        module = torch.get_device_module(device)
+        count = module.device_count() if module.is_available() else 0
+    except (RuntimeError, AttributeError):
+        count = 0
+    if count == 0:
         raise UsageError(
-            f"{where}: '{args.device}' asked for, but PyTorch finds no {device.type} device "
-            "here; leave the flag out to take the best one present, or give cpu"
+            f"{where}: '{args.device}' asked for, but PyTorch finds no {device.type} device here; "
+            "leave the flag out to take the best one present, or give cpu"
         )
-    count = module.device_count()
     if device.index is not None and device.index >= count:
-        raise UsageError(f"{where}: '{args.device}' asked for, but there are only {count}, from 0")
+        raise UsageError(f"{where}: '{args.device}' asked for, but they end at {count - 1}")
 
 
 def _check_precision(args: Namespace, origins: Origins) -> None:
@@ -93,80 +80,6 @@ def _check_precision(args: Namespace, origins: Origins) -> None:
         )
     if args.torchscript and args.torchcompile:
         raise UsageError(f"{origins['torchscript']}: does not go with --torchcompile")
-
-
-def check_model_name(name: str, where: str) -> None:
-    """Check that a model is registered; names of hub and local folders are left to timm.
-
-    Raises:
-        UsageError: It is not; the closest names are given.
-    """
-    import timm
-
-    import qna_timm  # noqa: F401  (registers our models)
-
-    if name.startswith(_REMOTE_MODELS):
-        return
-    base, _, tag = name.partition(".")
-    if not timm.is_model(base):
-        raise UsageError(f"{where}: unknown model '{name}'{closest(base, timm.list_models())}")
-    tagged = timm.list_models(f"{base}.*", pretrained=False, include_tags=True)
-    if tag and name not in tagged:
-        raise UsageError(f"{where}: model '{base}' has no weights '{tag}'{closest(name, tagged)}")
-
-
-def expand_model_names(spec: str, where: str = "--model") -> list[str]:
-    """List the models that validate.py's --model means.
-
-    Args:
-        spec: A name, a comma list, a pattern such as `qna_*`, `all` (every model with published
-            weights) or a text file with a name a line.
-        where: Begins an error message.
-
-    Raises:
-        UsageError: A name is unknown or a pattern fits none; the closest names are given.
-    """
-    import timm
-
-    import qna_timm  # noqa: F401  (registers our models)
-
-    if spec == "all":
-        return timm.list_models(pretrained=True)
-    if not timm.is_model(spec.partition(".")[0]) and Path(spec).is_file():
-        lines = Path(spec).read_text(encoding="utf-8").split("\n")
-        names = [line.strip() for line in lines if line.strip()]
-        if not names:
-            raise UsageError(f"{where}: '{spec}' holds no model name")
-    else:
-        names = [part.strip() for part in spec.split(",") if part.strip()]
-    models: list[str] = []
-    for name in names or [spec]:
-        if any(sign in name for sign in "*?["):
-            fitting = [model for model in timm.list_models() if fnmatch(model, name)]
-            if not fitting:
-                raise UsageError(f"{where}: no model fits the pattern '{name}'")
-            models += fitting
-        else:
-            check_model_name(name, where)
-            models.append(name)
-    return list(dict.fromkeys(models))
-
-
-def _check_dataset_name(args: Namespace, origins: Origins) -> None:
-    name = args.dataset
-    if not name:
-        return
-    where = origins["dataset"]
-    kind, slash, rest = name.partition("/")
-    valid = ["sklearn/digits", *(f"torch/{known}" for known in TORCH_DATASETS)]
-    if not slash or kind.lower() not in DATASET_KINDS or not rest:
-        kinds = ", ".join(f"{known}/NAME" for known in DATASET_KINDS[:-1])
-        raise UsageError(
-            f"{where}: unknown dataset '{name}', expected sklearn/digits, {kinds}, or nothing for "
-            f"a folder{closest(name, valid) or closest(rest or name, valid)}"
-        )
-    if kind.lower() in ("torch", "sklearn") and name.lower() not in valid:
-        raise UsageError(f"{where}: unknown dataset '{name}'{closest(name, valid)}")
 
 
 def _check_data_dir(args: Namespace, origins: Origins) -> None:
@@ -187,8 +100,14 @@ def _check_data_dir(args: Namespace, origins: Origins) -> None:
 
 def _check_path(args: Namespace, origins: Origins, key: str) -> None:
     value = getattr(args, key)
-    if value and not Path(value).exists():
-        raise UsageError(f"{origins[key]}: there is no file or folder '{value}'")
+    if not value or Path(value).exists():
+        return
+    folder = Path(value).parent
+    beside = [str(folder / item.name) for item in folder.iterdir()] if folder.is_dir() else []
+    raise UsageError(
+        f"{origins[key]}: there is no file or folder '{value}'"
+        + closest(str(folder / Path(value).name), beside)
+    )
 
 
 def _check_input(args: Namespace, origins: Origins) -> None:
@@ -246,8 +165,12 @@ def _check_loss(args: Namespace, origins: Origins) -> None:
         )
     if args.jsd_loss and not args.aug_splits:
         raise UsageError(f"{origins['jsd_loss']}: the jsd loss needs --aug-splits of at least 2")
+    if args.bce_pos_weight is None:
+        args.bce_pos_weight = args.loss_pos_weight
+    elif args.loss_pos_weight not in (None, args.bce_pos_weight):
+        raise UsageError(f"{origins['loss_pos_weight']}: --bce-pos-weight says otherwise")
     for key in ("bce_sum", "bce_target_thresh", "bce_pos_weight"):
-        if getattr(args, key) and not args.bce_loss:
+        if getattr(args, key) not in (None, False) and not args.bce_loss:
             raise UsageError(f"{origins[key]}: needs --bce-loss, the loss is {args.loss}")
 
 
@@ -276,7 +199,13 @@ def _check_optimizer(args: Namespace, origins: Origins) -> None:
     for key in ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale"):
         settings.pop(key, None)
     where = origins["opt_kwargs" if "opt_kwargs" in args.given else "opt"]
-    _attempt(where, lambda: create_optimizer_v2(torch.nn.Linear(2, 2), **settings))
+
+    def take_step() -> None:
+        layer = torch.nn.Linear(2, 2)
+        layer(torch.ones(1, 2)).sum().backward()
+        create_optimizer_v2(layer, **settings).step(lambda: 0.0)
+
+    _attempt(where, take_step)
 
 
 def _check_schedule(args: Namespace, origins: Origins) -> None:
@@ -348,7 +277,7 @@ def check_train_values(args: Namespace, origins: Origins, table: FlagTable) -> N
         UsageError: Settings that cannot work, in one line.
     """
     _refuse_unsupported(args, origins, table)
-    _check_dataset_name(args, origins)
+    check_dataset_name(args.dataset, origins["dataset"])
     _check_data_dir(args, origins)
     _check_input(args, origins)
     _check_ordered_pairs(args, origins)
@@ -371,7 +300,7 @@ def check_validate_values(args: Namespace, origins: Origins, table: FlagTable) -
         UsageError: Settings that cannot work, in one line.
     """
     _refuse_unsupported(args, origins, table)
-    _check_dataset_name(args, origins)
+    check_dataset_name(args.dataset, origins["dataset"])
     _check_data_dir(args, origins)
     _check_input(args, origins)
     for key in ("checkpoint", "real_labels", "valid_labels"):

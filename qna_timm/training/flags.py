@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from .errors import UsageError, closest
@@ -48,6 +49,8 @@ class Flag:
         rule: Condition on each number.
         refusal: Why any value but the default is refused: such a flag exists only so that timm's
             command lines and args.yaml files can be read.
+        inert: Whether a refused flag does nothing unless another refused one is set, so that any
+            value of it in a YAML file is passed over.
         yaml: False for a flag of the command line alone.
     """
 
@@ -60,6 +63,7 @@ class Flag:
     choices: Sequence[str] | None = None
     rule: Rule | None = None
     refusal: str = ""
+    inert: bool = False
     yaml: bool = True
 
     @property
@@ -259,15 +263,21 @@ def build_parser(table: FlagTable, prog: str, description: str) -> argparse.Argu
     return parser
 
 
-def _with_dashes(argv: Sequence[str]) -> list[str]:
-    """Write every long flag with dashes: --batch_size=8 becomes --batch-size=8."""
+def _normalized(argv: Sequence[str]) -> list[str]:
+    """Write flags with dashes (--batch_size=8) and negative numbers without exponent (-1e-3).
+
+    argparse takes a number for a flag when it begins with a minus and has an exponent.
+    """
     result = []
     for index, argument in enumerate(argv):
         if argument == "--":
             return [*result, *argv[index:]]
         name, equals, value = argument.partition("=")
-        is_flag = re.fullmatch(r"--[A-Za-z][\w-]*", name) is not None
-        result.append(name.replace("_", "-") + equals + value if is_flag else argument)
+        if re.fullmatch(r"--[A-Za-z][\w-]*", name):
+            argument = name.replace("_", "-") + equals + value
+        elif re.fullmatch(r"-(\d+\.?\d*|\.\d+)[eE][+-]?\d{1,2}", argument):
+            argument = f"{Decimal(argument):f}"
+        result.append(argument)
     return result
 
 
@@ -281,7 +291,7 @@ def parse_command_line(
         SystemExit: `--help` was asked for.
     """
     parser = build_parser(table, prog, description)
-    namespace, unknown = parser.parse_known_args(_with_dashes(argv))
+    namespace, unknown = parser.parse_known_args(_normalized(argv))
     if unknown:
         name = unknown[0].partition("=")[0]
         if not name.startswith("-"):

@@ -118,8 +118,9 @@ SCHEDULE_FLAGS = (
     Flag(
         "--decay-epochs",
         float,
-        90.0,
-        "Epochs between decays of step; epochs, or share below 1, of wsd's and rsqrt's last phase.",
+        None,
+        "Epochs between decays of step (90 when not given); epochs, or share below 1, of wsd's and "
+        "rsqrt's last phase (0.2).",
         rule=POSITIVE,
     ),
     Flag("--warmup-epochs", int, 5, "Epochs of warm-up.", rule=NOT_NEGATIVE),
@@ -221,13 +222,6 @@ AUGMENTATION_FLAGS = (
         choices=INTERPOLATIONS[1:],
     ),
     Flag("--drop", float, 0.0, "Dropout rate.", rule=BELOW_ONE),
-    Flag(
-        "--drop-connect",
-        float,
-        None,
-        "Old name of drop path.",
-        refusal="timm reads it and never uses it: use --drop-path",
-    ),
     Flag("--drop-path", float, None, "Drop-path rate; the model's when not given.", rule=BELOW_ONE),
     Flag("--drop-block", float, None, "Drop-block rate, where the model has it.", rule=BELOW_ONE),
 )
@@ -252,6 +246,13 @@ LOSS_FLAGS = (
         rule=PROBABILITY,
     ),
     Flag("--bce-pos-weight", float, None, "Weight of bce's positive term.", rule=POSITIVE),
+    Flag(
+        "--loss-pos-weight",
+        float,
+        None,
+        "The same as --bce-pos-weight (timm also takes a file with one for each class).",
+        rule=POSITIVE,
+    ),
     Flag("--poly-epsilon", float, 2.0, "Coefficient of the poly loss."),
 )
 

@@ -133,30 +133,43 @@ def _fold_data(args: Namespace, origins: Mapping[str, str]) -> None:
     del args.data
 
 
-def _apply_smoke(args: Namespace) -> None:
+def _smoke_side(args: Namespace) -> int:
+    """Side of a smoke run's images: small, and a multiple of 32 to suit every stride."""
+    import timm
+
+    import qna_timm  # noqa: F401  (registers our models)
+
+    side = args.input_size[-1] if args.input_size else args.img_size or 0
+    # A recipe for larger images is about its windows and tables: leave these something to do.
+    least = 64 if side > 224 else 32
+    config = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model) else None
+    smallest = (getattr(config, "min_input_size", None) or (3, 1, 1))[-1]
+    return max(least, -(-smallest // 32) * 32)
+
+
+def _apply_smoke(args: Namespace, command: Mapping[str, Any]) -> None:
     """Shrink a recipe to two updates on a few small digits, leaving its other keys in force.
 
     The schedule keeps its length and stops after one epoch, so that warm-up, milestones and decays
     are still built as the recipe asks.
+
+    Args:
+        args: Settings, changed in place.
+        command: Those given on the command line: a file named in the recipe alone may be missing.
     """
-    args.dataset, args.data_dir = BUILTIN_DATASET, None
+    args.dataset, args.data_dir, args.builtin_data = BUILTIN_DATASET, None, False
     args.train_split, args.val_split, args.class_map = "train", "validation", ""
+    args.train_num_samples, args.val_num_samples = None, 32
     args.dataset_download = args.pretrained = args.log_wandb = False
-    if "pretrained_path" in args.given and not Path(str(args.pretrained_path)).exists():
+    if "pretrained_path" not in command and not Path(args.pretrained_path or "").is_file():
         args.pretrained_path = None
-    args.batch_size = min(args.batch_size, 8)
-    args.validation_batch_size = 64
+    args.batch_size, args.validation_batch_size = min(args.batch_size, 8), 32
     args.workers = 0
-    # Multiples of 32 suit every stride; a recipe for larger images keeps room for its windows.
-    side = args.input_size[-1] if args.input_size else args.img_size
-    args.img_size = 64 if (side or 0) > 224 else 32
-    args.input_size = (
-        [args.input_size[0], args.img_size, args.img_size] if args.input_size else None
-    )
+    args.img_size = _smoke_side(args)
+    if args.input_size:
+        args.input_size = [args.input_size[0], args.img_size, args.img_size]
     args.num_classes = None
-    args.max_steps = min(args.max_steps or 2, 2)
-    args.stop_epoch = 1
-    args.log_interval = 1
+    args.max_steps, args.stop_epoch, args.save_epochs, args.log_interval = 2, 1, None, 1
 
 
 def parse_train_args(
@@ -197,7 +210,7 @@ def parse_train_args(
     args.given, args.builtin_data = given, builtin
     _fold_data(args, origins)
     if args.smoke:
-        _apply_smoke(args)
+        _apply_smoke(args, command)
     check_train_values(args, origins, TRAIN_FLAGS)
     return args
 

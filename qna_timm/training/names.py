@@ -1,0 +1,106 @@
+"""Names that users misspell: models and datasets, checked against who knows them."""
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+from .errors import UsageError, closest
+
+_DATASET_KINDS = ("torch", "hfds", "hfids", "tfds", "wds", "sklearn")
+_REMOTE_MODELS = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def check_model_name(name: str, where: str = "--model") -> None:
+    """Check that a model is registered; names of hubs and local folders are left to timm.
+
+    Args:
+        name: Model name, with or without the tag of its weights.
+        where: Begins the error message.
+
+    Raises:
+        UsageError: It is not; the closest names are given.
+    """
+    import timm
+
+    import qna_timm  # noqa: F401  (registers our models)
+
+    if name.startswith(_REMOTE_MODELS):
+        return
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        raise UsageError(f"{where}: unknown model '{name}'{closest(base, timm.list_models())}")
+    tagged = timm.list_models(f"{base}.*", include_tags=True)
+    if tag and name not in tagged:
+        raise UsageError(f"{where}: model '{base}' has no weights '{tag}'{closest(name, tagged)}")
+
+
+def expand_model_names(spec: str, where: str = "--model") -> list[str]:
+    """List the models that validate.py's --model means.
+
+    Args:
+        spec: A name, a comma list, a pattern such as `qna_*`, `all` (every model with published
+            weights) or a text file with a name a line.
+        where: Begins the error message.
+
+    Returns:
+        Registered names, each once.
+
+    Raises:
+        UsageError: A name is unknown or a pattern fits none; the closest names are given.
+    """
+    import timm
+
+    import qna_timm  # noqa: F401  (registers our models)
+
+    if spec == "all":
+        return timm.list_models(pretrained=True)
+    parts = spec.split(",")
+    if Path(spec).is_file() and not timm.is_model(spec):
+        parts = _read_lines(Path(spec), where)
+    models: list[str] = []
+    for name in filter(None, (part.strip() for part in parts)):
+        if any(sign in name for sign in "*?["):
+            fitting = [model for model in timm.list_models() if fnmatch(model, name)]
+            if not fitting:
+                raise UsageError(f"{where}: no model fits the pattern '{name}'")
+            models += fitting
+        else:
+            check_model_name(name, where)
+            models.append(name)
+    if not models:
+        raise UsageError(f"{where}: '{spec}' names no model")
+    return list(dict.fromkeys(models))
+
+
+def _read_lines(path: Path, where: str) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"{where}: '{path}' is not a text file with model names") from None
+
+
+def check_dataset_name(name: str, where: str = "--dataset") -> None:
+    """Check a dataset's kind and, where the kind's names are known, its name.
+
+    Args:
+        name: KIND/NAME, or empty for a folder or archive.
+        where: Begins the error message.
+
+    Raises:
+        UsageError: Neither of the known kinds, or not one of its names; the closest are given.
+    """
+    from .data import TORCH_DATASETS
+
+    if not name:
+        return
+    kind, _, rest = name.partition("/")
+    kind = kind.lower()
+    known = ["sklearn/digits", *(f"torch/{dataset}" for dataset in TORCH_DATASETS)]
+    near = closest(name, known) or closest(rest or name, known)
+    if kind not in _DATASET_KINDS or not rest:
+        kinds = ", ".join(f"{valid}/NAME" for valid in _DATASET_KINDS[:-1])
+        raise UsageError(
+            f"{where}: unknown dataset '{name}', expected sklearn/digits, {kinds}, "
+            f"or nothing for a folder{near}"
+        )
+    if kind in ("torch", "sklearn") and name.lower() not in known:
+        raise UsageError(f"{where}: unknown dataset '{name}'{near}")
