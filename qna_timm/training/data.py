@@ -6,12 +6,12 @@ return fits `create_train_loader` and `create_eval_loader`, which live in `loade
 
 import argparse
 import importlib.util
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
+from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
@@ -21,15 +21,16 @@ from .loaders import (
     ImageLoader,
     create_eval_loader,
     create_train_loader,
+    default_image_mode,
     process_place,
     set_epoch,
     uses_prefetcher,
 )
+from .names import check_dataset_name
 from .splits import find_split, is_train_split, split_flag
 from .views import ImageView, class_names_of, use_class_names
 
 __all__ = [
-    "DATASET_PREFIXES",
     "TORCH_DATASETS",
     "ImageLoader",
     "create_eval_loader",
@@ -41,9 +42,6 @@ __all__ = [
     "uses_prefetcher",
 ]
 
-_logger = logging.getLogger(__name__)
-
-DATASET_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/", "sklearn/")
 _TORCH_TWO_SPLITS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 _TORCH_FOLDERS = ("image_folder", "folder")
 TORCH_DATASETS = (
@@ -53,6 +51,9 @@ TORCH_DATASETS = (
     "places365",
     "imagenet",
     *_TORCH_FOLDERS,
+)
+_DOWNLOADABLE = tuple(
+    f"torch/{name}" for name in (*_TORCH_TWO_SPLITS, "inaturalist", "inat", "places365")
 )
 _READER_MODULES = {
     "hfds": ("datasets", "datasets"),
@@ -70,14 +71,14 @@ def _prefix(name: str) -> str:
 def _image_mode(args: argparse.Namespace) -> str:
     """The PIL mode to read; `create_*_loader` corrects the default to the model's channels."""
     if args.input_img_mode:
+        if args.input_img_mode not in Image.MODES:
+            raise UsageError(
+                f"--input-img-mode {args.input_img_mode!r} is no image mode of Pillow"
+                f"{closest(args.input_img_mode, Image.MODES)}"
+            )
         return args.input_img_mode
     channels = args.input_size[0] if args.input_size else args.in_chans
-    if channels not in (None, 1, 3):
-        raise UsageError(
-            f"--in-chans {channels} fits no default image mode; "
-            "name one with --input-img-mode, for example RGBA or CMYK for 4 channels"
-        )
-    return "L" if channels == 1 else "RGB"
+    return "RGB" if channels is None else default_image_mode(channels)
 
 
 def _num_samples(args: argparse.Namespace, is_training: bool) -> int | None:
@@ -126,7 +127,7 @@ def _create(args: argparse.Namespace, split: str, is_training: bool, **kwargs: A
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = f" in {args.data_dir}" if args.data_dir else ""
         hint = ""
-        if _prefix(args.dataset) == "torch" and not args.dataset_download:
+        if args.dataset.lower() in _DOWNLOADABLE and not args.dataset_download:
             hint = "; --dataset-download fetches it"
         elif args.class_map and "0 images" in reason:
             hint = f"; are its folders named in --class-map {args.class_map}?"
@@ -137,20 +138,12 @@ def _create(args: argparse.Namespace, split: str, is_training: bool, **kwargs: A
 
 
 def _open_digits(args: argparse.Namespace, split: str, is_training: bool) -> ImageView:
-    name = args.dataset
-    if name.lower() != "sklearn/digits":
-        raise UsageError(f"--dataset {name}: the only scikit-learn dataset is 'sklearn/digits'")
     digits = Digits(is_validation=not is_train_split(split, split_flag(args, is_training)))
     return ImageView(digits, _image_mode(args), class_names=digits.classes)
 
 
 def _open_torch(args: argparse.Namespace, split: str, is_training: bool) -> ImageView:
     name = args.dataset.split("/", 2)[-1].lower()
-    if name not in TORCH_DATASETS:
-        raise UsageError(
-            f"--dataset {args.dataset}: timm knows no torchvision dataset {name!r}"
-            f"{closest(name, TORCH_DATASETS)}"
-        )
     if not args.data_dir:
         raise UsageError(f"--dataset {args.dataset} needs --data-dir, the folder it is kept in")
     root = args.data_dir
@@ -194,20 +187,7 @@ def _limited(dataset: Dataset, num_samples: int | None) -> Dataset:
     return ImageView(dataset, mode, indices=indices, class_names=class_names_of(dataset))
 
 
-def _opener(name: str) -> Callable[[argparse.Namespace, str, bool], Dataset]:
-    """The function that opens datasets of this name's kind."""
-    prefix = _prefix(name)
-    if not name:
-        return _open_folder
-    if prefix in _READER_MODULES:
-        return _open_reader
-    if prefix in ("sklearn", "torch"):
-        return _open_digits if prefix == "sklearn" else _open_torch
-    known = ("sklearn/digits", *(f"torch/{name}" for name in TORCH_DATASETS), *DATASET_PREFIXES)
-    raise UsageError(
-        f"--dataset {name!r} is unknown; leave it out for a folder of images, or begin with one "
-        f"of {' '.join(DATASET_PREFIXES)}{closest(name, known)}"
-    )
+_OPENERS = {"": _open_folder, "sklearn": _open_digits, "torch": _open_torch}
 
 
 def open_dataset(
@@ -230,7 +210,8 @@ def open_dataset(
         UsageError: unknown dataset, missing folder or split, no images, missing package, not
             downloaded, or a class that is not among `class_names`.
     """
-    dataset = _opener(args.dataset)(args, split, is_training)
+    check_dataset_name(args.dataset)
+    dataset = _OPENERS.get(_prefix(args.dataset), _open_reader)(args, split, is_training)
     if not isinstance(dataset, IterableDataset):
         dataset = _limited(dataset, _num_samples(args, is_training))
         if not len(dataset):

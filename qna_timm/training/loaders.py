@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import ImageMode
 from timm.data import AugMixDataset, create_loader
 from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
 from torch import Tensor
@@ -122,14 +123,38 @@ def set_epoch(loader: ImageLoader, epoch: int) -> None:
     loader.set_epoch(epoch)
 
 
+def default_image_mode(channels: int) -> str:
+    """The PIL mode of images for a model with this many input channels.
+
+    Raises:
+        UsageError: it is neither 1 nor 3, and the user has to choose.
+    """
+    if channels not in (1, 3):
+        raise UsageError(
+            f"no image mode has {channels} channels by default; "
+            "name one with --input-img-mode, for example RGBA or CMYK for 4"
+        )
+    return "L" if channels == 1 else "RGB"
+
+
 def _set_image_mode(dataset: Dataset, args: argparse.Namespace, channels: int) -> None:
-    """Lets images arrive with the model's number of channels unless the user chose a mode."""
-    if args.input_img_mode or channels not in (1, 3):
+    """Lets images arrive with the model's number of channels.
+
+    Raises:
+        UsageError: the mode that the user chose has another number.
+    """
+    if args.input_img_mode:
+        bands = len(ImageMode.getmode(args.input_img_mode).bands)
+        if bands != channels:
+            raise UsageError(
+                f"--input-img-mode {args.input_img_mode} gives {bands} channels, "
+                f"but the model takes {channels}"
+            )
         return
     while isinstance(dataset, AugMixDataset):
         dataset = dataset.dataset
     if hasattr(dataset, "input_img_mode"):
-        dataset.input_img_mode = "L" if channels == 1 else "RGB"
+        dataset.input_img_mode = default_image_mode(channels)
 
 
 def _image_dtype(args: argparse.Namespace) -> torch.dtype:
