@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from qna_timm.training.errors import UsageError, closest
 
 METADATA_KEY = "qna_timm"
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 STATE_SUFFIX = ".state.safetensors"
 # Where a folder's weights are looked for, first match first; the last two are hub exports.
 FOLDER_FILES = ("best.safetensors", "last.safetensors", "model.safetensors", "pytorch_model.bin")
@@ -83,8 +85,9 @@ def _readable(path: Path) -> Iterator[None]:
         TypeError,
         AttributeError,
     ) as error:
-        reason = re.split(r"\n|\. ", str(error).strip())[0][:160] or type(error).__name__
-        raise UsageError(f"{path}: not a readable checkpoint ({reason})") from error
+        reason = re.split(r"\n|[.] ", str(error).strip())[0][:160]
+        kind = type(error).__name__
+        raise UsageError(f"{path}: not a readable checkpoint ({kind}: {reason})") from error
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -245,6 +248,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        # safetensors makes files that only their owner may read.
+        os.chmod(temporary, 0o666 & ~_UMASK)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,0 +1,231 @@
+"""The model of a training run: created by timm, given its weights, prepared for its device."""
+
+import argparse
+import logging
+import sys
+from typing import Any
+
+import torch
+from timm.data import resolve_input_data_config
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.models import create_model, get_model_args, load_pretrained, resolve_model_input_args
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .checkpoint import check_weights, classifier_names, is_classifier_key, read_weights
+from .data import dataset_classes
+from .distributed import Processes
+from .errors import UsageError
+from .task import classifier_layers
+
+_logger = logging.getLogger(__name__)
+
+
+def choose_classes(
+    args: argparse.Namespace, dataset: Dataset
+) -> tuple[int | None, list[str] | None]:
+    """Number of classes for the model (None: its own) and the classes' names."""
+    found, names = dataset_classes(dataset)
+    if args.num_classes is None or found is None:
+        return args.num_classes or found, names
+    if args.num_classes < found:
+        raise UsageError(
+            f"--num-classes {args.num_classes}: the data has {found} classes (leave the flag out"
+            " to take them from the data)"
+        )
+    return args.num_classes, names
+
+
+def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
+    """Create the model that the flags name, with its first weights.
+
+    Args:
+        args: Flags.
+        num_classes: Classes of the data or of ``--num-classes``; None leaves the model's own.
+
+    Raises:
+        UsageError: timm refuses the name, an argument or the image size; the weights' file is not
+            one, or not of this model.
+    """
+    if args.fast_norm:
+        set_fast_norm()
+    model = _create(args, num_classes)
+    if args.pretrained_path:
+        load_as_pretrained(model, args.pretrained_path)
+    if args.initial_checkpoint:
+        load_initial(model, args.initial_checkpoint)
+    _initialise_head(model, args.head_init_scale, args.head_init_bias)
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(enable=True)
+        except (AttributeError, AssertionError) as error:
+            raise UsageError(f"--grad-checkpointing: {args.model} does not support it") from error
+    return model
+
+
+def _create(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
+    kwargs: dict[str, Any] = {
+        "in_chans": args.in_chans,
+        "num_classes": num_classes,
+        "drop_rate": args.drop,
+        "drop_path_rate": args.drop_path,
+        "drop_block_rate": args.drop_block,
+        "global_pool": args.gp,
+        "bn_momentum": args.bn_momentum,
+        "bn_eps": args.bn_eps,
+        "pretrained_cfg_overlay": args.pretrained_cfg_overlay or None,
+        **args.model_kwargs,
+    }
+    try:
+        resolved = resolve_model_input_args(args.model, vars(args), **kwargs)
+        return create_model(pretrained=args.pretrained, scriptable=args.torchscript, **resolved)
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if args.pretrained:
+            reason += " (--pretrained-path FILE starts from weights on this machine)"
+        raise UsageError(f"--model {args.model}: {reason}") from error
+
+
+def load_as_pretrained(model: nn.Module, path: str) -> None:
+    """Load a file as timm loads published weights: other names, input channels and sizes adapted.
+
+    The classifier is taken over if it has the model's classes; else it stays fresh, which is said.
+
+    Raises:
+        UsageError: Not a checkpoint, or not of this model.
+    """
+    weights, metadata = read_weights(path)
+    config = {
+        **model.pretrained_cfg,
+        "state_dict": weights,
+        "num_classes": model.num_classes,
+        "label_offset": 0,
+    }
+    if "in_chans" in metadata:
+        config["input_size"] = (metadata["in_chans"], *config["input_size"][1:])
+    model_filter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+
+    def fit_to_model(state: dict[str, Tensor], target: nn.Module) -> dict[str, Tensor]:
+        state = model_filter(state, target) if model_filter else state
+        return _with_fresh_head(target, state, path)
+
+    try:
+        load_pretrained(
+            model,
+            config,
+            num_classes=model.num_classes,
+            in_chans=getattr(model, "in_chans", 3),
+            filter_fn=fit_to_model,
+        )
+    except (RuntimeError, KeyError, ValueError, AssertionError):
+        # Say it in one line if the tensors do not fit; else it is not about the file.
+        check_weights(model, weights, metadata, path)
+        raise
+    _logger.info("weights: %s", path)
+
+
+def load_initial(model: nn.Module, path: str) -> None:
+    """Load a checkpoint of this very model; with other classes the classifier stays fresh.
+
+    Raises:
+        UsageError: Not a checkpoint, or not of this model.
+    """
+    weights, metadata = read_weights(path)
+    weights = _with_fresh_head(model, weights, path)
+    check_weights(model, weights, metadata, path)
+    model.load_state_dict(weights)
+    _logger.info("weights: %s", path)
+
+
+def _with_fresh_head(model: nn.Module, weights: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Put the model's own classifier where the checkpoint's is missing or has other classes."""
+    own = model.state_dict()
+    fresh = {
+        key: value
+        for key, value in own.items()
+        if is_classifier_key(model, key)
+        and (key not in weights or weights[key].shape != value.shape)
+    }
+    if not fresh:
+        return weights
+    found = sorted({len(weights[key]) for key in fresh if key in weights})
+    has = f"{found[0]} classes" if found else "no classifier"
+    names = ", ".join(classifier_names(model))
+    _logger.warning(
+        "%s has %s, the model %d: its classifier (%s) is fresh, the rest is loaded",
+        path, has, model.num_classes, names,
+    )  # fmt: skip
+    # A model without classes has no classifier to fill; the checkpoint's would be left over.
+    return {**weights, **fresh}
+
+
+def _initialise_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
+    """Scale the classifier's weights and fill its biases."""
+    if scale is None and bias is None:
+        return
+    layers = [layer for layer in classifier_layers(model) if hasattr(layer, "weight")]
+    if not layers:
+        raise UsageError("--head-init-scale, --head-init-bias: the model has no classifier")
+    with torch.no_grad():
+        for layer in layers:
+            if scale is not None:
+                layer.weight.mul_(scale)
+            if bias is not None and layer.bias is not None:
+                layer.bias.fill_(bias)
+
+
+def prepare_model(model: nn.Module, args: argparse.Namespace, processes: Processes) -> nn.Module:
+    """Move the model to its device, memory layout and precision, and convert its batch norms.
+
+    Raises:
+        UsageError: ``--sync-bn`` or ``--split-bn`` where they cannot work.
+    """
+    if args.split_bn:
+        if args.aug_splits < 2 and not args.resplit:
+            raise UsageError("--split-bn needs --aug-splits of 2 or more, or --resplit")
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
+    model = model.to(device=processes.device, dtype=dtype)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if args.sync_bn and processes.distributed:
+        if processes.device.type == "cpu":
+            raise UsageError("--sync-bn works on GPUs only, this run is on the CPU")
+        model = convert_sync_batchnorm(model)
+    if args.torchscript:
+        if args.torchcompile or (args.sync_bn and processes.distributed):
+            raise UsageError("--torchscript goes with neither --torchcompile nor --sync-bn")
+        model = torch.jit.script(model)
+    return model
+
+
+def input_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """Size, normalisation and crop of the images, from flags and model."""
+    try:
+        return resolve_input_data_config(model, vars(args))
+    except (ValueError, AssertionError) as error:
+        raise UsageError(f"--img-size, --input-size, --in-chans, --mean, --std: {error}") from error
+
+
+def describe(
+    args: argparse.Namespace,
+    model: nn.Module,
+    data_config: dict[str, Any],
+    class_names: list[str] | None,
+) -> dict[str, Any]:
+    """The checkpoints' metadata; `qna_timm.training.checkpoint` lists the keys."""
+    model_args = get_model_args(model)
+    dataset_keys = (
+        "dataset", "data_dir", "train_split", "val_split", "class_map", "input_img_mode",
+        "input_key", "target_key", "val_num_samples",
+    )  # fmt: skip
+    return {
+        "arch": model.pretrained_cfg.get("architecture", args.model),
+        "num_classes": model_args.pop("num_classes", model.num_classes),
+        "in_chans": model_args.pop("in_chans", data_config["input_size"][0]),
+        "model_kwargs": model_args,
+        "img_size": list(data_config["input_size"][1:]),
+        "data_config": data_config,
+        "class_names": class_names,
+        "dataset": {key: getattr(args, key) for key in dataset_keys},
+    }

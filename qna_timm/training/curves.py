@@ -1,0 +1,104 @@
+"""The run's curves as one picture: loss, accuracy and learning rate against epochs."""
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import replacing
+
+_TRAIN, _EVAL, _EMA, _RATE = "#8a8f98", "#1f6fb4", "#d9772b", "#3c8d5a"
+# Column of the summary, label, colour, line style.
+_LOSS_LINES = (
+    ("train_loss", "training", _TRAIN, "-"),
+    ("eval_loss", "validation", _EVAL, "-"),
+    ("eval_loss_ema", "validation, averaged weights", _EMA, "-"),
+)
+_ACCURACY_LINES = (
+    ("eval_top1", "top-1", _EVAL, "-"),
+    ("eval_top5", "top-5", _EVAL, ":"),
+    ("eval_top1_ema", "top-1, averaged weights", _EMA, "-"),
+    ("eval_top5_ema", "top-5, averaged weights", _EMA, ":"),
+)
+
+_logger = logging.getLogger(__name__)
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there; if not, one line says how to get it."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError:
+        _logger.warning("no curves without matplotlib: pip install 'qna_timm[train]'")
+        return False
+    return True
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw the summary's rows as a PNG.
+
+    Args:
+        rows: Rows of the summary, one per epoch; metrics may be missing from some.
+        path: Ends in ``.png``; written atomically.
+        title: Shown above.
+    """
+    # The figure alone, without pyplot: no window system, no global state.
+    figure = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(13, 4), layout="constrained"
+    )
+    ticker = importlib.import_module("matplotlib.ticker")
+    loss, accuracy, rate = figure.subplots(1, 3)
+    figure.suptitle(title, fontsize=11)
+    _draw_lines(loss, rows, _LOSS_LINES, "Loss")
+    _draw_lines(accuracy, rows, _ACCURACY_LINES, "Accuracy (%)")
+    _draw_lines(rate, rows, (("lr", "", _RATE, "-"),), "Learning rate")
+    _mark_best(accuracy, rows)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    for axes in (loss, accuracy, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def _draw_lines(
+    axes: Any,
+    rows: Sequence[Mapping[str, Any]],
+    lines: Sequence[tuple[str, str, str, str]],
+    title: str,
+) -> None:
+    """Draw those columns that the summary has; epochs count from 1 here, as people do."""
+    axes.set_title(title, fontsize=10)
+    labelled = False
+    for column, label, colour, style in lines:
+        points = [(row["epoch"] + 1, row[column]) for row in rows if row.get(column) is not None]
+        if points:
+            marker = "o" if len(points) == 1 else ""
+            axes.plot(
+                *zip(*points, strict=True),
+                style,
+                marker=marker,
+                color=colour,
+                label=label,
+                linewidth=1.6,
+            )
+            labelled = labelled or bool(label)
+    if labelled:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _mark_best(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Point at the best top-1 accuracy of all epochs."""
+    points = [
+        (row[column], row["epoch"] + 1)
+        for row in rows
+        for column in ("eval_top1", "eval_top1_ema")
+        if row.get(column) is not None and row[column] == row[column]
+    ]
+    if points:
+        best, epoch = max(points, key=lambda point: (point[0], -point[1]))
+        axes.plot(epoch, best, "o", markersize=5, color="black")
+        axes.set_title(f"Accuracy (%), best top-1 {best:.2f} in epoch {epoch}", fontsize=10)

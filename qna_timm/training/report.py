@@ -1,0 +1,275 @@
+"""The run folder: where it is, and what is written into it beside checkpoints."""
+
+import argparse
+import csv
+import datetime
+import json
+import logging
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from timm.models import safe_model_name
+
+import qna_timm
+
+from .checkpoint import replacing
+from .distributed import Processes
+from .errors import UsageError
+from .resume import STATE_NAME, find_state
+
+ARGS_NAME = "args.yaml"
+SUMMARY_NAME = "summary.csv"
+CURVES_NAME = "curves.png"
+ENVIRONMENT_NAME = "environment.json"
+LOG_NAME = "train.log"
+
+_logger = logging.getLogger(__name__)
+
+
+def plan_run(
+    args: argparse.Namespace, image_size: Sequence[int], resumed_in_place: bool
+) -> tuple[Path, Path | None]:
+    """Decide on the run folder and on the state to go on from, without writing anything.
+
+    Args:
+        args: Flags, of which ``output``, ``experiment``, ``resume`` and ``model`` are read.
+        image_size: Height and width in pixels, part of the default name.
+        resumed_in_place: Whether a run given by ``--resume`` goes on in its own folder.
+
+    Returns:
+        The folder (there already only if a run goes on in it) and the state file or None.
+
+    Raises:
+        UsageError: ``--experiment`` names a run that is there and no resume was asked for, or
+            there is nothing to resume.
+    """
+    folder = Path(args.output) / args.experiment
+    if args.resume and args.resume != "auto":
+        state = find_state(args.resume)
+        if resumed_in_place and (state.parent / ARGS_NAME).is_file():
+            return state.parent, state
+        return _new_folder(args, image_size), state
+    if args.resume == "auto":
+        state = folder / STATE_NAME
+        if state.is_file():
+            return folder, state
+        _logger.info("--resume auto: no %s in %s, starting afresh", STATE_NAME, folder)
+        return folder, None
+    return _new_folder(args, image_size), None
+
+
+def _new_folder(args: argparse.Namespace, image_size: Sequence[int]) -> Path:
+    """The folder of a new run: ``--experiment``'s, or one named after now, the model and size."""
+    output = Path(args.output)
+    if args.experiment:
+        folder = output / args.experiment
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(
+                f"--experiment {args.experiment}: {folder} holds a run already; --resume auto goes"
+                " on with it, another name starts a new one"
+            )
+        return folder
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{now}-{safe_model_name(args.model)}-{image_size[-1]}"
+    folder, count = output / name, 1
+    while folder.exists():
+        count += 1
+        folder = output / f"{name}-{count}"
+    return folder
+
+
+def make_folder(folder: Path) -> None:
+    """Create the run folder.
+
+    Raises:
+        UsageError: It cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--output: cannot write to {folder}: {error.strerror}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_args(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write the run's settings so that ``--config`` reads them back."""
+    text = yaml.safe_dump(dict(values), sort_keys=True, default_flow_style=False)
+    write_text(folder / ARGS_NAME, text)
+
+
+def environment(processes: Processes, command: Sequence[str]) -> dict[str, Any]:
+    """What a run depends on besides its settings: versions, device, code, command line."""
+    device = processes.device
+    cuda = device.type == "cuda"
+    return {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": list(command),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "qna_timm": qna_timm.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "device": device_name(device),
+        "processes": processes.world_size,
+        "hostname": socket.gethostname(),
+        "platform": platform.platform(),
+        **_git_state(Path(qna_timm.__file__).parent),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu (8 threads)``, ``cuda:0 (NVIDIA H100)``."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def _git_state(folder: Path) -> dict[str, Any]:
+    """Commit of the code, and whether files differ from it; None where there is no repository."""
+
+    def git(*words: str) -> str | None:
+        command = ["git", "-C", str(folder), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    status = git("status", "--porcelain")
+    return {
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+    }
+
+
+def write_environment(folder: Path, current: Mapping[str, Any]) -> None:
+    """Write environment.json; a resumed run adds its own environment to the first one's."""
+    path = folder / ENVIRONMENT_NAME
+    content = dict(current)
+    if path.is_file():
+        try:
+            first = json.loads(path.read_text(encoding="utf-8"))
+            content = {**first, "resumed": [*first.get("resumed", ()), content]}
+        except (ValueError, AttributeError):
+            _logger.warning("%s was damaged and is written anew", path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def summary_row(
+    epoch: int,
+    train: Mapping[str, float],
+    evaluated: Mapping[str, float],
+    lr: float,
+) -> dict[str, Any]:
+    """One epoch's row of the summary, in timm's columns.
+
+    Args:
+        epoch: From 0.
+        train: Means over the epoch (``train_`` columns).
+        evaluated: The model's metrics and, ending in ``_ema``, the averaged model's (``eval_``).
+        lr: Learning rate at the epoch's end.
+    """
+    return {
+        "epoch": epoch,
+        **{f"train_{name}": value for name, value in train.items()},
+        **{f"eval_{name}": value for name, value in evaluated.items()},
+        "lr": lr,
+    }
+
+
+def write_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write summary.csv whole; epochs without evaluation leave their columns empty."""
+    columns = dict.fromkeys(key for row in rows for key in row if key != "lr")
+    with (
+        replacing(folder / SUMMARY_NAME) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, [*columns, "lr"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class Trackers:
+    """TensorBoard and Weights & Biases, each only if asked for.
+
+    Args:
+        args: Flags.
+        folder: The run folder; TensorBoard's files go to ``tensorboard`` inside it.
+        settings: The run's settings, shown with it.
+        first_epoch: First epoch of this process; a resumed run replaces what came after it.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        folder: Path,
+        settings: Mapping[str, Any],
+        first_epoch: int,
+    ) -> None:
+        self._board = self._wandb = None
+        if args.log_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+        if args.log_wandb:
+            import wandb
+
+            resumed = {"id": args.wandb_resume_id, "resume": "must"} if args.wandb_resume_id else {}
+            self._wandb = wandb.init(
+                project=args.wandb_project,
+                name=args.experiment or folder.name,
+                config=dict(settings),
+                tags=args.wandb_tags,
+                **resumed,
+            )
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Log one row of the summary."""
+        if self._board is not None:
+            for key, value in row.items():
+                if key != "epoch":
+                    self._board.add_scalar(key.replace("_", "/", 1), value, row["epoch"])
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(row))
+
+    def close(self) -> None:
+        """Finish writing."""
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def check_trackers(args: argparse.Namespace) -> None:
+    """See that what the flags ask for is installed.
+
+    Raises:
+        UsageError: It is not; the line says how to install it.
+    """
+    wanted = (
+        (args.log_tensorboard, "--log-tensorboard", "tensorboard", "'qna_timm[train]'"),
+        (args.log_wandb, "--log-wandb", "wandb", "wandb"),
+    )
+    for asked, flag, module, package in wanted:
+        if asked:
+            try:
+                __import__(module)
+            except ImportError as error:
+                raise UsageError(f"{flag} needs {module}: pip install {package}") from error

@@ -1,0 +1,139 @@
+"""Which weights of a run are kept: the last, the best, the best few, the asked-for epochs."""
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from timm.utils import unwrap_model
+from torch import nn
+
+from .checkpoint import replacing, save_weights
+
+EMA = "_ema"
+"""Ending of the names of averaged weights and of their metrics."""
+
+
+def is_better(metric: float | None, than: float | None, minimise: bool) -> bool:
+    """Whether `metric` beats `than`; NaN and None beat nothing, every number beats them."""
+    if metric is None or math.isnan(metric):
+        return False
+    if than is None or math.isnan(than):
+        return True
+    return metric < than if minimise else metric > than
+
+
+class Saver:
+    """Writes the weights of a run into its folder.
+
+    Per kind of weights (the model's, and with EMA the averaged ones, ending in ``_ema``):
+    ``last.safetensors``; ``best.safetensors`` by that kind's own metric; ``checkpoint-N`` for the
+    best epochs; ``milestone-N`` after N epochs where asked for.
+
+    Args:
+        folder: The run folder.
+        metadata: What all files say about the run, see `checkpoint`.
+        metric_name: ``top1``, ``top5`` or ``loss``; the loss is minimised.
+        keep: Number of ``checkpoint-N`` kept, the best ones.
+        milestones: Numbers of completed epochs whose weights are kept for good.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        metadata: Mapping[str, Any],
+        *,
+        metric_name: str,
+        keep: int,
+        milestones: list[int] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.metadata = dict(metadata)
+        self.metric_name = metric_name
+        self.minimise = metric_name == "loss"
+        self.keep = keep
+        self.milestones = set(milestones or ())
+        self.best: dict[str, dict[str, Any]] = {}
+        self.kept: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return {"best": self.best, "kept": self.kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the best epochs of the run so far."""
+        self.best, self.kept = dict(state["best"]), list(state["kept"])
+
+    def save(
+        self, epoch: int, model: nn.Module, ema: nn.Module | None, metrics: Mapping[str, float]
+    ) -> None:
+        """Write the weights after an epoch.
+
+        Args:
+            epoch: Number of the epoch just done, from 0.
+            model: The model, wrapped or not.
+            ema: The averaged model, wrapped or not.
+            metrics: Of this epoch's evaluation, the averaged model's ending in ``_ema``; empty
+                after an epoch without evaluation.
+        """
+        kinds = {"": model} if ema is None else {"": model, EMA: ema}
+        for kind, module in kinds.items():
+            # Averages kept on the CPU are not evaluated and follow the model's metric.
+            metric = metrics.get(self.metric_name + kind, metrics.get(self.metric_name))
+            about = {
+                "epoch": epoch,
+                "metric": metric,
+                "metric_name": self.metric_name,
+                "ema": kind == EMA,
+            }
+            save_weights(self._file("last", kind), unwrap_model(module), {**self.metadata, **about})
+            best = self.best.get(kind)
+            if is_better(metric, best and best["metric"], self.minimise):
+                self._copy_last("best", kind)
+                self.best[kind] = {"epoch": epoch, "metric": metric}
+            if epoch + 1 in self.milestones:
+                self._copy_last(f"milestone-{epoch + 1}", kind)
+        self._keep_best(epoch, list(kinds), metrics.get(self.metric_name))
+
+    def _keep_best(self, epoch: int, kinds: list[str], metric: float | None) -> None:
+        """Keep this epoch's weights if it is one of the best so far, and drop the one it beats."""
+        if metric is None or math.isnan(metric):
+            return
+        ranked = [*self.kept, {"epoch": epoch, "metric": metric}]
+        # The sort is stable: of equal epochs the earlier stays, as timm has it.
+        ranked.sort(key=lambda entry: entry["metric"], reverse=not self.minimise)
+        self.kept, dropped = ranked[: self.keep], ranked[self.keep :]
+        if any(entry["epoch"] == epoch for entry in self.kept):
+            for kind in kinds:
+                self._copy_last(f"checkpoint-{epoch}", kind)
+        for entry in dropped:
+            for kind in ("", EMA):
+                self._file(f"checkpoint-{entry['epoch']}", kind).unlink(missing_ok=True)
+
+    def _file(self, name: str, kind: str) -> Path:
+        return self.folder / f"{name}{kind}.safetensors"
+
+    def _copy_last(self, name: str, kind: str) -> None:
+        """Give the last weights a second name; they are never written in place, so link them."""
+        last = self._file("last", kind)
+        with replacing(self._file(name, kind)) as temporary:
+            try:
+                os.link(last, temporary)
+            except OSError:
+                shutil.copyfile(last, temporary)
+
+    def best_kind(self) -> str | None:
+        """Of the model's and the averaged weights, the kind with the better best metric."""
+        winner = None
+        for kind, best in self.best.items():
+            metric = best["metric"]
+            if winner is None or is_better(metric, self.best[winner]["metric"], self.minimise):
+                winner = kind
+        return winner
+
+    def best_file(self) -> Path:
+        """The weights to go on with: the best there are, or the last without any metric."""
+        kind = self.best_kind()
+        return self._file("last", "") if kind is None else self._file("best", kind)

@@ -1,0 +1,372 @@
+#!/usr/bin/env python
+"""Train any timm or qna_timm model on images; timm's flags, recipes and datasets work.
+
+    python train.py                                       # handwritten digits, minutes on a CPU
+    python train.py --data-dir DATA --model qna_vit_tiny  # DATA/train/CLASS, DATA/validation/CLASS
+    torchrun --nproc_per_node=8 train.py -c configs/qna/qna_vit_tiny.yaml --data-dir DATA
+
+The story: read the settings, open the data, build the model, the task around it and what trains
+it, choose the run folder; then epoch by epoch train, evaluate, save. Nothing is written before all
+of it has proved possible.
+"""
+
+import argparse
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timm.utils import distribute_bn, random_seed
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+import qna_timm  # noqa: F401  (registers its models)
+from qna_timm.training import curves, report, resume
+from qna_timm.training.build import (
+    build_model,
+    choose_classes,
+    describe,
+    input_config,
+    prepare_model,
+)
+from qna_timm.training.data import (
+    ImageLoader,
+    create_eval_loader,
+    create_train_loader,
+    open_datasets,
+    set_epoch,
+    uses_prefetcher,
+)
+from qna_timm.training.distributed import (
+    Processes,
+    decide_on_primary,
+    join_processes,
+    leave_processes,
+)
+from qna_timm.training.errors import UsageError, run_cli
+from qna_timm.training.evaluation import evaluate
+from qna_timm.training.logs import RunLog
+from qna_timm.training.loop import Precision, Trainer, num_updates
+from qna_timm.training.optim import create_optimizer, create_schedule, current_lr, learning_rate
+from qna_timm.training.progress import Progress
+from qna_timm.training.recipe import as_yaml_dict, parse_train_args
+from qna_timm.training.saver import EMA, Saver
+from qna_timm.training.signals import Stopped, StopSignals
+from qna_timm.training.task import build_task, create_mixup
+from qna_timm.training.tta import AveragedViews
+
+QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
+
+_logger = logging.getLogger("train")
+
+
+@dataclass
+class Run:
+    """What a run consists of once everything is set up.
+
+    Attributes:
+        args: Settings.
+        processes: The run's processes.
+        trainer: Trains the task for an epoch.
+        train_loader: Training images.
+        eval_loader: Validation images.
+        epochs: Epochs of the schedule.
+        metadata: What the checkpoints say about the run.
+    """
+
+    args: argparse.Namespace
+    processes: Processes
+    trainer: Trainer
+    train_loader: ImageLoader
+    eval_loader: ImageLoader
+    epochs: int
+    metadata: dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script.
+
+    Args:
+        argv: Arguments after the script's name; those of this process when None.
+
+    Returns:
+        Exit code: 0, or 128 + the number of the signal that stopped the run.
+
+    Raises:
+        UsageError: Settings, files or data are at fault; nothing has been written.
+    """
+    command = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
+    args, in_place = read_settings(command[1:])
+    processes = join_processes(args.device)
+    try:
+        with RunLog(processes.is_primary) as log, StopSignals() as signals:
+            run = set_up(args, processes)
+            return train(run, command, in_place, log, signals)
+    finally:
+        leave_processes()
+
+
+def read_settings(argv: Sequence[str]) -> tuple[argparse.Namespace, bool]:
+    """The run's settings, and whether a resumed run goes on in its own folder.
+
+    A run resumed by its folder brings its settings along: the command line goes before them.
+    """
+    args = parse_train_args(argv, QUICKSTART)
+    in_place = "experiment" not in args.given and "output" not in args.given
+    if args.resume and args.resume != "auto" and not args.config:
+        saved = resume.find_state(args.resume).parent / report.ARGS_NAME
+        if saved.is_file():
+            args = parse_train_args(["--config", str(saved), *argv], QUICKSTART)
+    return args, in_place
+
+
+def set_up(args: argparse.Namespace, processes: Processes) -> Run:
+    """Open the data and build everything that trains on it; nothing is written."""
+    report.check_trackers(args)
+    train_set, eval_set = open_datasets(args)
+    classes, class_names = choose_classes(args, train_set)
+    # One seed for the weights, so that all processes start from the same; then one for each.
+    random_seed(args.seed)
+    model = build_model(args, classes)
+    if classes is None:
+        _logger.info("the data does not say its classes: the model keeps its %d", model.num_classes)
+    data_config = input_config(args, model)
+    metadata = describe(args, model, data_config, class_names)
+    num_classes, parameters = model.num_classes, sum(p.numel() for p in model.parameters())
+    model = prepare_model(model, args, processes)
+    random_seed(args.seed, processes.rank)
+
+    device, in_loader = processes.device, uses_prefetcher(args, processes.device)
+    mixup = create_mixup(args, num_classes, in_loader)
+    train_loader = create_train_loader(
+        train_set,
+        args,
+        data_config,
+        device=device,
+        mixup_collate=mixup if in_loader else None,
+        num_aug_splits=args.aug_splits,
+    )
+    eval_loader = create_eval_loader(
+        eval_set,
+        args,
+        data_config,
+        device=device,
+        batch_size=args.validation_batch_size or args.batch_size,
+    )
+    per_update = args.batch_size * processes.world_size * args.grad_accum_steps
+    updates = num_updates(args, len(train_loader))
+    lr, lr_text = learning_rate(args, per_update)
+    optimizer = create_optimizer(args, model, lr)
+    schedule, epochs = create_schedule(args, optimizer, updates)
+    if args.stop_epoch is not None and args.stop_epoch > epochs:
+        raise UsageError(f"--stop-epoch {args.stop_epoch}: the run has {epochs} epochs")
+    trainer = Trainer(
+        build_task(args, model, processes),
+        optimizer,
+        schedule,
+        args=args,
+        processes=processes,
+        precision=Precision(args, device),
+        mixup=None if in_loader else mixup,
+    )
+    if args.builtin_data:
+        _logger.info("no data named: training on sklearn/digits with configs/quickstart.yaml")
+    _logger.info(
+        "device %s; data %s: %s training and %s validation images, %d classes; model %s: %.2f M"
+        " parameters, input %s",
+        report.device_name(device),
+        args.dataset or args.data_dir,
+        count(train_set),
+        count(eval_set),
+        num_classes,
+        args.model,
+        parameters / 1e6,
+        "x".join(map(str, data_config["input_size"])),
+    )
+    _logger.info(
+        "%d images per process x %d process(es) x %d accumulation = %d per update, %d updates per"
+        " epoch, %d epochs, %s",
+        args.batch_size,
+        processes.world_size,
+        args.grad_accum_steps,
+        per_update,
+        updates,
+        epochs,
+        lr_text,
+    )
+    return Run(args, processes, trainer, train_loader, eval_loader, epochs, metadata)
+
+
+def count(dataset: Dataset) -> str:
+    """Number of images for the eye; streams may not know it."""
+    return f"{len(dataset):,}" if hasattr(dataset, "__len__") else "unknown"
+
+
+def train(
+    run: Run, command: Sequence[str], in_place: bool, log: RunLog, signals: StopSignals
+) -> int:
+    """Resume if asked to, make the run folder, and train to the last epoch or a signal."""
+    args, processes = run.args, run.processes
+    folder, state_path = decide_on_primary(
+        processes, lambda: report.plan_run(args, run.metadata["img_size"], in_place)
+    )
+    saver = Saver(
+        folder,
+        run.metadata,
+        metric_name=args.eval_metric,
+        keep=args.checkpoint_hist,
+        milestones=args.save_epochs,
+    )
+    start, rows = find_start(run, state_path, saver)
+    stop = min(args.stop_epoch or run.epochs, run.epochs)
+    decide_on_primary(processes, lambda: report.make_folder(folder))
+    trackers = None
+    if processes.is_primary:
+        log.to_file(folder / report.LOG_NAME)
+        _logger.info("run folder %s", folder)
+        report.write_args(folder, as_yaml_dict(args))
+        report.write_environment(folder, report.environment(processes, command))
+        trackers = report.Trackers(args, folder, as_yaml_dict(args), start)
+        run.trainer.image_folder = folder if args.save_images else None
+    try:
+        for epoch in range(start, stop):
+            rows.append(train_and_evaluate(run, epoch, last=epoch + 1 == stop))
+            with signals.held():
+                save(run, epoch, saver, rows)
+            if trackers is not None:
+                trackers.log(rows[-1])
+    except Stopped as stopped:
+        done = rows[-1]["epoch"] + 1 if rows else 0
+        advice = f"--resume {folder} goes on" if done else "nothing is saved yet"
+        _logger.warning("stopped by %s after %d whole epochs: %s", stopped, done, advice)
+        return stopped.exit_code
+    finally:
+        if trackers is not None:
+            trackers.close()
+    if processes.is_primary:
+        conclude(args, saver, rows)
+    return 0
+
+
+def find_start(run: Run, state_path: Path | None, saver: Saver) -> tuple[int, list[dict[str, Any]]]:
+    """Put a saved state in place, if there is one; the first epoch to train and the rows so far."""
+    args, schedule = run.args, run.trainer.schedule
+    start, rows = 0, []
+    if state_path is not None:
+        state = resume.load_state(state_path)
+        resume.restore(run.trainer, state, state_path, with_optimizer=not args.no_resume_opt)
+        start, rows = state["epochs_done"], list(state["rows"])
+        if saver.metric_name == state["metric_name"]:
+            saver.load_state_dict(state["saver"])
+        _logger.info("resumed %s after %d epochs", state_path, start)
+    if args.start_epoch is not None:
+        start = args.start_epoch
+        rows = [row for row in rows if row["epoch"] < start]
+        if schedule is not None:
+            schedule.step_update(start * num_updates(args, len(run.train_loader)))
+            schedule.step(start)
+    return start, rows
+
+
+def train_and_evaluate(run: Run, epoch: int, last: bool) -> dict[str, Any]:
+    """One epoch: train, evaluate where it is due, move the schedule; returns the summary's row."""
+    args, trainer, processes = run.args, run.trainer, run.processes
+    began, label = time.perf_counter(), f"{epoch + 1}/{run.epochs}"
+    set_epoch(run.train_loader, epoch)
+    losses = trainer.train_epoch(run.train_loader, epoch, f"train {label}")
+    if math.isnan(losses["loss"]):
+        _logger.warning("epoch %d: the training loss is not a number", epoch + 1)
+    task, lr = trainer.task, current_lr(trainer.optimizer)
+    if processes.distributed and args.dist_bn and not args.sync_bn:
+        for ema in (False, not args.model_ema_force_cpu):
+            module = task.get_trainable_module(ema=ema)
+            if module is not None:
+                distribute_bn(module, processes.world_size, args.dist_bn == "reduce")
+    evaluated: dict[str, float] = {}
+    due = (epoch + 1) % args.val_interval == 0 or epoch + 1 in (args.save_epochs or ())
+    if due or last:
+        evaluated = evaluate_model(run, ema=False)
+        if task.has_ema() and not args.model_ema_force_cpu:
+            averaged = evaluate_model(run, ema=True)
+            evaluated.update({name + EMA: value for name, value in averaged.items()})
+    if trainer.schedule is not None:
+        trainer.schedule.step(epoch + 1, evaluated.get(args.eval_metric))
+    metrics = "".join(f", {name} {value:.4g}" for name, value in evaluated.items())
+    _logger.info(
+        "epoch %s: training loss %.4g%s, lr %.3g, %.1f s",
+        label, losses["loss"], metrics, lr, time.perf_counter() - began,
+    )  # fmt: skip
+    return report.summary_row(epoch, losses, evaluated, lr)
+
+
+def evaluate_model(run: Run, ema: bool) -> dict[str, float]:
+    """Metrics of the model, or of its averaged weights, on the validation images."""
+    args, processes = run.args, run.processes
+    model = run.trainer.task.get_eval_model(ema=ema)
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # evaluation needs no communication
+    if args.tta > 1:
+        model = AveragedViews(model, args.tta, mirror=args.hflip > 0)
+    with Progress(
+        len(run.eval_loader),
+        "evaluate averaged weights" if ema else "evaluate",
+        log_interval=args.log_interval,
+        enabled=processes.is_primary,
+    ) as progress:
+        return evaluate(
+            model,
+            run.eval_loader,
+            device=processes.device,
+            amp_autocast=run.trainer.precision.autocast,
+            channels_last=args.channels_last,
+            progress=progress,
+        )
+
+
+def save(run: Run, epoch: int, saver: Saver, rows: list[dict[str, Any]]) -> None:
+    """Write weights, summary, curves and, last, the state to resume from."""
+    task = run.trainer.task
+    if run.processes.is_primary:
+        metrics = {key[5:]: value for key, value in rows[-1].items() if key.startswith("eval_")}
+        saver.save(epoch, task.get_trainable_module(), task.get_trainable_module(ema=True), metrics)
+        report.write_summary(saver.folder, rows)
+        if curves.can_draw():
+            curves.draw_curves(rows, saver.folder / report.CURVES_NAME, saver.folder.name)
+    state = resume.collect_state(
+        run.trainer,
+        epoch + 1,
+        {
+            "rows": rows,
+            "saver": saver.state_dict(),
+            "metric_name": saver.metric_name,
+            "args": as_yaml_dict(run.args),
+            "metadata": run.metadata,
+        },
+    )
+    if run.processes.is_primary:
+        resume.save_state(saver.folder / resume.STATE_NAME, state)
+
+
+def conclude(args: argparse.Namespace, saver: Saver, rows: list[dict[str, Any]]) -> None:
+    """Say what came out of the run and what to do with it."""
+    best = saver.best.get(saver.best_kind() or "")
+    if best is not None:
+        averaged = " of the averaged weights" if saver.best_kind() == EMA else ""
+        _logger.info(
+            "best %s%s: %.4g in epoch %d",
+            args.eval_metric, averaged, best["metric"], best["epoch"] + 1,
+        )  # fmt: skip
+    picture = saver.folder / report.CURVES_NAME
+    if picture.is_file():
+        _logger.info("curves: %s", picture)
+    _logger.info("to validate: python validate.py --checkpoint %s", saver.best_file())
+    print(f"--result\n{json.dumps({'best': saver.best, 'last': rows[-1] if rows else {}})}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
