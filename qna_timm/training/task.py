@@ -1,6 +1,7 @@
 """The training task: a model, its loss in named parts, and what happens after an update."""
 
 import argparse
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,9 +10,17 @@ from timm.loss import create_classification_loss
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import Processes
 from .errors import UsageError
+
+# PyTorch's new name for sending buffers out at each step, and the old one.
+BUFFERS_FLAG = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 class TrainTask(ClassificationTask):
@@ -138,7 +147,6 @@ def build_task(args: argparse.Namespace, model: nn.Module, processes: Processes)
         if not args.model_ema_force_cpu:
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     if processes.distributed:
-        task.prepare_distributed(
-            device_ids=processes.ddp_device_ids, broadcast_buffers=not args.no_ddp_bb
-        )
+        kwargs = {BUFFERS_FLAG: False} if args.no_ddp_bb else {}
+        task.prepare_distributed(device_ids=processes.ddp_device_ids, **kwargs)
     return task
