@@ -1,7 +1,7 @@
 """Loaders: timm's transforms, collation and prefetching around our reproducible order."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class ImageLoader:
         loader: `DataLoader` or `PrefetchLoader`.
         device: Where batches go.
         img_dtype: Type of the input.
+        input_size: [C, H, W] of the input.
         mixes: Whether the collate function mixes samples (`FastCollateMixup`).
     """
 
@@ -47,11 +48,13 @@ class ImageLoader:
         loader: DataLoader | PrefetchLoader,
         device: torch.device,
         img_dtype: torch.dtype,
+        input_size: Sequence[int],
         mixes: bool = False,
     ) -> None:
         self.loader = loader
         self.device = device
         self.img_dtype = img_dtype
+        self.input_size = tuple(input_size)
         self._mixes = mixes
         self._left_early = False
 
@@ -310,7 +313,9 @@ def create_train_loader(
         loader.loader = inner
     else:
         loader = inner
-    return ImageLoader(loader, device, img_dtype, mixes=mixup_collate is not None)
+    return ImageLoader(
+        loader, device, img_dtype, data_config["input_size"], mixes=mixup_collate is not None
+    )
 
 
 def create_eval_loader(
@@ -365,4 +370,4 @@ def create_eval_loader(
         loader.loader = _rebuilt(loader.loader, args.seed + rank)
     else:
         loader = _rebuilt(loader, args.seed + rank)
-    return ImageLoader(loader, device, img_dtype)
+    return ImageLoader(loader, device, img_dtype, data_config["input_size"])

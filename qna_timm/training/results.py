@@ -1,9 +1,11 @@
-"""What an evaluation says about single classes: averages, a table and a picture."""
+"""What validate.py leaves behind: results, averages and a table over classes, a picture."""
 
 import csv
 import importlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -96,13 +98,36 @@ def format_table(rows: Sequence[dict[str, object]]) -> str:
     )
 
 
-def write_table(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Writes the class table as CSV."""
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=TABLE_COLUMNS)
+        writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the class table as CSV."""
+    _write_csv(path, rows, TABLE_COLUMNS)
+
+
+def write_results(
+    path: Path, results: Mapping[str, Any] | Sequence[Mapping[str, Any]], file_format: str
+) -> None:
+    """Writes the results of one model, or of several.
+
+    Args:
+        path: File to write.
+        results: One row, or several with the same keys.
+        file_format: `csv`, or `json` (an object for one row, a list for several).
+    """
+    if file_format == "csv":
+        rows = [results] if isinstance(results, Mapping) else results
+        _write_csv(path, rows, list(rows[0]))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
 
 
 def require_matplotlib() -> None:

@@ -1,0 +1,211 @@
+"""The evaluation of one model by validate.py, from settings to a row of results."""
+
+import argparse
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import random_seed
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from .data import create_eval_loader
+from .distributed import Processes
+from .errors import UsageError
+from .evaluation import Observer, evaluate
+from .loaders import ImageLoader
+from .loop import Precision
+from .observers import ClassCounts, ImageCount, RealLabels
+from .progress import Progress
+from .results import (
+    averaged_scores,
+    class_table,
+    draw_confusion_matrix,
+    format_table,
+    write_table,
+)
+from .validation import (
+    apply_test_pool,
+    build_candidate,
+    check_classes,
+    data_config_for,
+    open_labelled,
+    place,
+    read_valid_labels,
+)
+
+_logger = logging.getLogger(__name__)
+
+_TO_TERMINAL = "-"
+
+
+def measure(
+    settings: argparse.Namespace, metadata: Mapping[str, Any], processes: Processes
+) -> dict[str, Any]:
+    """Builds the model, opens the data, evaluates, and writes what was asked for on classes.
+
+    Args:
+        settings: From `settings_for`.
+        metadata: The checkpoint's, likewise.
+        processes: The run's processes.
+
+    Returns:
+        `model`, `top1`, `top1_err`, `top5`, `top5_err` (percent), `loss`, the averaged scores if
+        asked for, `param_count` (millions), `img_size`, `crop_pct`, `interpolation`, `images`,
+        `img_per_s` and `weights` (a path, `pretrained` or `random`).
+
+    Raises:
+        UsageError: the settings, the data, the checkpoint and the model do not go together.
+    """
+    random_seed(settings.seed)  # the same random weights on all processes
+    dataset, class_names = open_labelled(settings, metadata)
+    model, weights = build_candidate(settings, metadata)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    data_config = data_config_for(settings, model, metadata)
+    valid_labels, num_classes = None, model.num_classes
+    if settings.valid_labels:
+        valid_labels = read_valid_labels(settings.valid_labels, num_classes)
+        num_classes = len(valid_labels)
+    check_classes(settings, num_classes, dataset, metadata)
+    if settings.test_pool:
+        model = apply_test_pool(model, data_config)
+    counts = _Counts(settings, num_classes, dataset, processes)
+    loader = create_eval_loader(
+        dataset, settings, data_config, device=processes.device, batch_size=settings.batch_size
+    )
+    model = place(model, settings, processes.device)
+    metrics, seconds = _evaluate(model, loader, settings, processes, counts, valid_labels)
+    metrics = counts.finish(metrics, class_names)
+    images = counts.images.total(processes.device)
+    row = {
+        "model": settings.model,
+        "top1": round(metrics["top1"], 4),
+        "top1_err": round(100 - metrics["top1"], 4),
+        "top5": round(metrics["top5"], 4),
+        "top5_err": round(100 - metrics["top5"], 4),
+        "loss": round(metrics["loss"], 6),
+        **{key: round(metrics[key], 4) for key in metrics if key not in ("loss", "top1", "top5")},
+        "param_count": round(parameters / 1e6, 2),
+        "img_size": data_config["input_size"][-1],
+        "crop_pct": data_config["crop_pct"],
+        "interpolation": data_config["interpolation"],
+        "images": images,
+        "img_per_s": round(images / seconds, 1),
+        "weights": weights,
+    }
+    _logger.info(
+        "%s: top-1 %.3f %%, top-5 %.3f %%, loss %.4f; %d images at %.1f img/s; %d parameters",
+        settings.model,
+        metrics["top1"],
+        metrics["top5"],
+        metrics["loss"],
+        images,
+        row["img_per_s"],
+        parameters,
+    )
+    return row
+
+
+def _evaluate(
+    model: nn.Module,
+    loader: ImageLoader,
+    settings: argparse.Namespace,
+    processes: Processes,
+    counts: "_Counts",
+    valid_labels: Tensor | None,
+) -> tuple[dict[str, float], float]:
+    """The metrics, and the seconds that the pass over the data took."""
+    precision = Precision(settings, processes.device)
+    with Progress(
+        len(loader),
+        f"validate {settings.model}",
+        log_interval=settings.log_freq,
+        enabled=processes.is_primary,
+    ) as progress:
+        if processes.device.type != "cpu" or settings.torchcompile or settings.torchscript:
+            _warm_up(model, loader, settings, precision)
+        start = time.perf_counter()
+        metrics = evaluate(
+            model,
+            loader,
+            device=processes.device,
+            amp_autocast=precision.autocast,
+            channels_last=settings.channels_last,
+            progress=progress,
+            valid_labels=None if valid_labels is None else valid_labels.to(processes.device),
+            observers=counts.observers,
+        )
+        return metrics, time.perf_counter() - start
+
+
+@torch.no_grad()
+def _warm_up(
+    model: nn.Module, loader: ImageLoader, settings: argparse.Namespace, precision: Precision
+) -> None:
+    """One step on nothing, so that compilation and kernel selection are not in the rate."""
+    inputs = torch.zeros(
+        loader.batch_size, *loader.input_size, device=loader.device, dtype=loader.img_dtype
+    )
+    if settings.channels_last:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    with precision.autocast():
+        model(inputs)
+
+
+class _Counts:
+    """What is counted beside loss and accuracy, and what becomes of it."""
+
+    def __init__(
+        self,
+        settings: argparse.Namespace,
+        num_classes: int,
+        dataset: Dataset,
+        processes: Processes,
+    ) -> None:
+        self.settings = settings
+        self.processes = processes
+        self.images = ImageCount()
+        self.observers: list[Observer] = [self.images]
+        self.classes: ClassCounts | None = None
+        self.real_labels: RealLabels | None = None
+        if settings.metrics_avg or settings.per_class or settings.confusion_matrix:
+            self.classes = ClassCounts(
+                num_classes, processes.device, with_matrix=bool(settings.confusion_matrix)
+            )
+            self.observers.append(self.classes)
+        if settings.real_labels:
+            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "filenames"):
+                raise UsageError("--real-labels needs ImageNet's images in a folder or archive")
+            names = dataset.filenames(basename=True)
+            self.real_labels = RealLabels(names, settings.real_labels)
+            self.observers.append(self.real_labels)
+
+    def finish(
+        self, metrics: Mapping[str, float], class_names: list[str] | None
+    ) -> dict[str, float]:
+        """The metrics with averaged scores and real-label accuracy; writes table and picture."""
+        metrics, settings = dict(metrics), self.settings
+        if self.real_labels is not None:
+            metrics.update(self.real_labels.accuracy(self.processes.device))
+        if self.classes is None:
+            return metrics
+        totals = self.classes.totals()
+        if settings.metrics_avg:
+            metrics.update(averaged_scores(totals, settings.metrics_avg))
+        matrix = self.classes.matrix() if settings.confusion_matrix else None
+        if not self.processes.is_primary:
+            return metrics
+        if settings.per_class:
+            rows = class_table(totals, class_names)
+            if settings.per_class == _TO_TERMINAL:
+                print(format_table(rows))
+            else:
+                write_table(Path(settings.per_class), rows)
+                _logger.info("class table: %s", settings.per_class)
+        if matrix is not None:
+            draw_confusion_matrix(Path(settings.confusion_matrix), matrix, class_names)
+            _logger.info("confusion matrix: %s", settings.confusion_matrix)
+        return metrics
