@@ -87,14 +87,14 @@ def _checkpoint_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ConversionError(f"{path}: no such file or folder")
+        raise ConversionError("no such file or folder")
     steps = {
         int(match[1]): file
         for file in path.iterdir()
         if (match := re.fullmatch(r"checkpoint_(\d+)", file.name)) and file.is_file()
     }
     if not steps:
-        raise ConversionError(f"{path}: no file checkpoint_<step> in this folder")
+        raise ConversionError("no file checkpoint_<step> in this folder")
     return steps[max(steps)]
 
 
@@ -123,16 +123,16 @@ def read_flax_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
         tree = _join_chunks(tree)
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
         raise ConversionError(
-            f"{file}: not a whole Flax msgpack checkpoint ({type(error).__name__}: "
+            f"{file.name} is not a whole Flax msgpack checkpoint ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'truncated'})"
         ) from None
     if not isinstance(tree, dict) or not isinstance(tree.get("params"), dict):
-        raise ConversionError(f"{file}: a msgpack file without a 'params' entry")
+        raise ConversionError(f"{file.name} is a msgpack file without a 'params' entry")
     arrays = _flatten(tree["params"])
     if isinstance(tree.get("batch_stats"), dict):
         arrays.update(_flatten(tree["batch_stats"]))
     if not arrays:
-        raise ConversionError(f"{file}: 'params' holds no arrays")
+        raise ConversionError(f"{file.name}: 'params' holds no arrays")
     return arrays
 
 
@@ -208,9 +208,7 @@ def _qna_vit_name(path: str, window_depths: Counter[str]) -> tuple[str, str] | N
     if scope == "StemBlock_0":
         # the convolution is 'conv_1x1' in the patch stem and named otherwise in the ResNet one
         return ("stem.conv.weight", "conv") if leaf.endswith("/kernel") else _STEM.get(leaf)
-    match = re.fullmatch(
-        r"(LSA|QnA)Stage_(\d+)/(MSA|QnA)_Block_(\d+)(_stride_2)?/(.+)", path
-    )
+    match = re.fullmatch(r"(LSA|QnA)Stage_(\d+)/(MSA|QnA)_Block_(\d+)(_stride_2)?/(.+)", path)
     if match is None or match[6] not in _BLOCK:
         return None
     stage, number = int(match[2]), int(match[4])
@@ -247,9 +245,21 @@ def is_flax_qna_vit(state_dict: Mapping[str, Any]) -> bool:
     return any(name.startswith(("StemBlock_0/", "QnAStage_0/")) for name in state_dict)
 
 
+def _attention_layer(name: str, model: "QnAViT") -> Any:
+    """The attention layer that the parameter belongs to, or None."""
+    match = re.match(r"(.+\.attn|attn_pool)\.", name)
+    try:
+        return model.get_submodule(match[1]) if match else None
+    except AttributeError:
+        return None
+
+
 def _flax_to_ours(arrays: Mapping[str, Any], model: "QnAViT") -> dict[str, Tensor]:
-    blocks = {match[0]: match[1] for path in arrays
-              if (match := re.match(r"LSAStage_(\d+)/MSA_Block_\d+", path))}
+    blocks = {
+        match[0]: match[1]
+        for path in arrays
+        if (match := re.match(r"LSAStage_(\d+)/MSA_Block_\d+", path))
+    }
     window_depths = Counter(blocks.values())
     state_dict: dict[str, Tensor] = {}
     unknown = []
@@ -259,19 +269,16 @@ def _flax_to_ours(arrays: Mapping[str, Any], model: "QnAViT") -> dict[str, Tenso
             unknown.append(path)
             continue
         name, layout = found
+        tensor = torch.as_tensor(np.array(array))
+        layer = _attention_layer(name, model)
+        heads = getattr(layer, "num_queries", 1), getattr(layer, "num_heads", 1)
         try:
-            layer = model.get_submodule(name.split("attn.")[0] + "attn") if ".attn." in name else (
-                model.attn_pool if name.startswith("attn_pool.") else None
-            )
-            num_queries = getattr(layer, "num_queries", 1)
-            num_heads = getattr(layer, "num_heads", 1)
-            tensor = torch.as_tensor(np.array(array))
-            state_dict[name] = _to_layout(tensor, layout, num_queries, num_heads).contiguous()
-        except (AttributeError, RuntimeError, IndexError):
-            unknown.append(path)
+            state_dict[name] = _to_layout(tensor, layout, *heads).contiguous()
+        except (RuntimeError, IndexError):
+            state_dict[name] = tensor  # of another model: `_check_fit` tells its shape
     if unknown:
         raise ConversionError(
-            f"the checkpoint does not fit the model: {_some(unknown)} of its tensors have no place"
+            f"not a checkpoint of the released QnA-ViT: {_some(unknown)} tensors unknown to it"
         )
     return state_dict
 

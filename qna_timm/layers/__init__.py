@@ -1,14 +1,21 @@
 """Layers: parameters and their names, above the operators."""
 
 from qna_timm.layers.qna_attn import LearnedQueryAttention, LearnedQueryPool
+from qna_timm.layers.qna_block import Block, BlockArgs, qna_block, window_block
 from qna_timm.layers.stem import BiasedBatchNorm2d, PatchStem, ResNetStem
-from qna_timm.layers.window_attn import WindowAttention
+from qna_timm.layers.window_attn import WindowAttention, scale_windows, stage_windows
 
 __all__ = [
     "BiasedBatchNorm2d",
+    "Block",
+    "BlockArgs",
     "LearnedQueryAttention",
     "LearnedQueryPool",
     "PatchStem",
     "ResNetStem",
     "WindowAttention",
+    "qna_block",
+    "scale_windows",
+    "stage_windows",
+    "window_block",
 ]

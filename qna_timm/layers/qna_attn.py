@@ -28,7 +28,8 @@ register_notrace_function(qna_attention)
 class LearnedQueryAttention(nn.Module):
     r"""Overlapping local attention with queries that are parameters, shared by all windows.
 
-        score[t, q, j] = key_j(x_t) . query_qj,   query_qj <- query_qj / (|query_qj| + 1e-6) / sqrt(d)
+        query_qj       <- query_qj / (|query_qj| + 1e-6) / sqrt(d)
+        score[t, q, j] = key_j(x_t) . query_qj
         attn[o]        = softmax_o(score[y+o, q, j] + bias[o, q, j]) * query_weight[o, q, j]
         out[y]         = proj(concat_j sum_q sum_o attn[o] value_j(x_{y+o}))
 

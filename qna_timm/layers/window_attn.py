@@ -1,7 +1,9 @@
 """Multi-head self-attention in tiled windows, as a layer on channels-last maps."""
 
+from collections.abc import Sequence
+
 import torch
-from timm.layers import register_notrace_function, use_fused_attn
+from timm.layers import register_notrace_function, to_2tuple, use_fused_attn
 from timm.layers.weight_init import lecun_normal_
 from torch import Tensor, nn
 
@@ -9,9 +11,51 @@ from qna_timm.ops import resize_offset_table, window_attention
 
 register_notrace_function(window_attention)
 
+Size2 = int | tuple[int, int]
+
 
 def _table_side(window_size: tuple[int, int]) -> tuple[int, int]:
     return 2 * window_size[0] - 1, 2 * window_size[1] - 1
+
+
+def stage_windows(
+    window_size: Size2 | Sequence[Size2], num_stages: int
+) -> tuple[tuple[int, int], ...]:
+    """One (height, width) per stage from an int, or a sequence with an int or pair per stage."""
+    if isinstance(window_size, int):
+        window_size = (window_size,) * num_stages
+    if len(window_size) != num_stages:
+        raise ValueError(
+            f"window_size must be an int or one entry for each of {num_stages} stages, "
+            f"got {window_size}"
+        )
+    windows = tuple(tuple(int(side) for side in to_2tuple(window)) for window in window_size)
+    if min(side for window in windows for side in window) < 1:
+        raise ValueError(f"window_size must be positive, got {window_size}")
+    return windows
+
+
+def scale_windows(
+    windows: Sequence[tuple[int, int]],
+    old_size: tuple[int, int],
+    new_size: tuple[int, int],
+    reductions: Sequence[int],
+) -> tuple[tuple[int, int], ...]:
+    """Windows that cover the same share of each stage's map after a change of image size.
+
+    Args:
+        windows: (height, width) per stage, in tokens.
+        old_size: Image (height, width) they were made for, in pixels.
+        new_size: New image (height, width).
+        reductions: Pixels per token side, per stage.
+    """
+    return tuple(
+        tuple(
+            max(1, round(side * -(-new // reduction) / -(-old // reduction)))
+            for side, old, new in zip(window, old_size, new_size, strict=True)
+        )
+        for window, reduction in zip(windows, reductions, strict=True)
+    )
 
 
 class WindowAttention(nn.Module):

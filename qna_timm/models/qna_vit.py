@@ -6,18 +6,12 @@ Released JAX code and checkpoints: https://github.com/moabarar/qna (MIT licence)
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    AvgPool2dSame,
     ClassifierHead,
-    DropPath,
-    LayerNorm,
-    LayerScale,
-    Mlp,
     calculate_drop_path_rates,
     get_act_layer,
     get_device_dtype,
@@ -29,6 +23,7 @@ from timm.layers.weight_init import lecun_normal_
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
+    checkpoint_seq,
     generate_default_cfgs,
     named_apply,
     register_model,
@@ -39,11 +34,17 @@ from torch import Tensor, nn
 
 from qna_timm.convert import qna_vit_state_dict
 from qna_timm.layers import (
+    Block,
+    BlockArgs,
     LearnedQueryAttention,
     LearnedQueryPool,
     PatchStem,
     ResNetStem,
     WindowAttention,
+    qna_block,
+    scale_windows,
+    stage_windows,
+    window_block,
 )
 
 __all__ = ["QnAViT"]
@@ -55,188 +56,56 @@ REF_IMG_SIZE = (224, 224)
 REF_WINDOW_SIZE = (14, 14, 14, 7)
 
 
-@dataclass(frozen=True)
-class BlockArgs:
-    """What all blocks of a model have in common."""
-
-    num_queries: int = 2
-    normalize_stop_grad: bool = False
-    query_weight: str = "normal"
-    pos_embed: str = "relative"
-    window_pos_embed: str = "relative"
-    qkv_bias: bool = False
-    mlp_ratio: float = 4.0
-    proj_drop: float = 0.0
-    init_values: float | None = None
-    down_shortcut: str = "conv"
-    act_layer: Callable[..., nn.Module] = nn.GELU
-    norm_layer: Callable[..., nn.Module] = LayerNorm
-    dd: dict[str, Any] | None = None
-
-
-class Shortcut(nn.Module):
-    """Residual path of a strided block: [B, H, W, dim] -> [B, ceil(H/2), ceil(W/2), dim_out].
-
-    Even rows and columns, or their "same"-padded average, then a projection without bias.
-    """
-
-    def __init__(self, dim: int, dim_out: int, kernel_size: int, kind: str, dd: dict) -> None:
-        super().__init__()
-        if kind not in ("conv", "avgpool"):
-            raise ValueError(f"down_shortcut must be 'conv' or 'avgpool', got {kind!r}")
-        self.pool = AvgPool2dSame(kernel_size, 2) if kind == "avgpool" else None
-        self.proj = nn.Linear(dim, dim_out, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.pool is not None:
-            x = self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        else:
-            x = x[:, ::2, ::2]
-        return self.proj(x)
-
-
-class Block(nn.Module):
-    """Pre-norm residual block: x <- shortcut(x) + attn(norm1(x)), x <- x + mlp(norm2(x))."""
+class QnAStage(nn.Module):
+    """[strided QnA block,] window-attention blocks, QnA blocks, at one resolution."""
 
     def __init__(
         self,
         dim: int,
-        dim_out: int,
-        attn: nn.Module,
+        qna_depth: int,
+        window_depth: int,
+        qna_num_heads: int,
+        window_num_heads: int,
+        kernel_size: int,
+        window_size: tuple[int, int],
+        normalize: bool,
+        drop_path: Sequence[float],
         args: BlockArgs,
-        drop_path: float,
-        attn_drop_path: float,
-        shortcut: nn.Module | None = None,
+        downsample: Block | None,
     ) -> None:
         super().__init__()
-        dd = args.dd or {}
-        self.shortcut = shortcut if shortcut is not None else nn.Identity()
-        self.norm1 = args.norm_layer(dim, **dd)
-        self.attn = attn
-        self.ls1 = self._layer_scale(dim_out, args)
-        self.drop_path1 = DropPath(attn_drop_path) if attn_drop_path > 0.0 else nn.Identity()
-        self.norm2 = args.norm_layer(dim_out, **dd)
-        self.mlp = Mlp(
-            dim_out,
-            int(dim_out * args.mlp_ratio),
-            act_layer=args.act_layer,
-            drop=args.proj_drop,
-            **dd,
-        )
-        self.ls2 = self._layer_scale(dim_out, args)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-
-    @staticmethod
-    def _layer_scale(dim: int, args: BlockArgs) -> nn.Module:
-        if args.init_values is None:
-            return nn.Identity()
-        return LayerScale(dim, args.init_values, **(args.dd or {}))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.shortcut(x) + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
-def qna_block(
-    dim: int,
-    num_heads: int,
-    kernel_size: int,
-    normalize: bool,
-    args: BlockArgs,
-    drop_path: float,
-    dim_out: int | None = None,
-) -> Block:
-    """A learned-query block; with dim_out it halves the map and widens it to dim_out.
-
-    A strided block drops only its MLP branch, as the release does.
-    """
-    strided = dim_out is not None
-    width = dim_out or dim
-    dd = args.dd or {}
-    attn = LearnedQueryAttention(
-        dim,
-        num_heads,
-        dim_attn=width,
-        kernel_size=kernel_size,
-        stride=2 if strided else 1,
-        num_queries=args.num_queries,
-        pos_embed=args.pos_embed,
-        query_weight=args.query_weight,
-        normalize=normalize,
-        normalize_stop_grad=args.normalize_stop_grad,
-        qkv_bias=args.qkv_bias,
-        proj_drop=args.proj_drop,
-        **dd,
-    )
-    shortcut = Shortcut(dim, width, kernel_size, args.down_shortcut, dd) if strided else None
-    return Block(dim, width, attn, args, drop_path, 0.0 if strided else drop_path, shortcut)
-
-
-def window_block(
-    dim: int, num_heads: int, window_size: tuple[int, int], args: BlockArgs, drop_path: float
-) -> Block:
-    """A block of self-attention in tiled windows. Drop path acts per image at every size."""
-    attn = WindowAttention(
-        dim,
-        num_heads,
-        window_size,
-        rel_pos_bias=args.window_pos_embed == "relative",
-        qkv_bias=args.qkv_bias,
-        proj_drop=args.proj_drop,
-        **(args.dd or {}),
-    )
-    return Block(dim, dim, attn, args, drop_path, drop_path)
-
-
-class QnAStage(nn.Module):
-    """[strided QnA block,] window-attention blocks, QnA blocks, at one resolution."""
-
-    def __init__(self, downsample: Block | None, blocks: list[Block]) -> None:
-        super().__init__()
-        self.downsample = downsample if downsample is not None else nn.Identity()
-        self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
+        self.downsample = downsample if downsample is not None else nn.Identity()
+        blocks = [
+            window_block(dim, window_num_heads, window_size, args, drop_path[i])
+            for i in range(window_depth)
+        ]
+        blocks += [
+            qna_block(dim, qna_num_heads, kernel_size, normalize, args, drop_path[i])
+            for i in range(window_depth, window_depth + qna_depth)
+        ]
+        self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
             if isinstance(self.downsample, Block):
                 x = checkpoint(self.downsample, x)
-            for block in self.blocks:
-                x = checkpoint(block, x)
-            return x
+            return checkpoint_seq(self.blocks, x)
         return self.blocks(self.downsample(x))
 
 
-def _stage_windows(
-    window_size: Size2 | Sequence[Size2], num_stages: int
-) -> tuple[tuple[int, int], ...]:
-    """One (height, width) per stage from an int, or a sequence with an int or pair per stage."""
-    if isinstance(window_size, int):
-        window_size = (window_size,) * num_stages
-    if len(window_size) != num_stages:
-        raise ValueError(
-            f"window_size must be an int or one entry for each of {num_stages} stages, "
-            f"got {window_size}"
-        )
-    windows = tuple(tuple(int(side) for side in to_2tuple(window)) for window in window_size)
-    if min(side for window in windows for side in window) < 1:
-        raise ValueError(f"window_size must be positive, got {window_size}")
-    return windows
-
-
-def _scale_windows(
-    windows: Sequence[tuple[int, int]], old: tuple[int, int], new: tuple[int, int]
-) -> tuple[tuple[int, int], ...]:
-    """Windows that cover the same share of each stage's map after a change of image size."""
-
-    def side(window: int, old_size: int, new_size: int, reduction: int) -> int:
-        old_map, new_map = -(-old_size // reduction), -(-new_size // reduction)
-        return max(1, round(window * new_map / old_map))
-
-    return tuple(
-        tuple(side(w, o, n, STEM_REDUCTION * 2**stage) for w, o, n in zip(window, old, new))
-        for stage, window in enumerate(windows)
-    )
+def drop_path_rates(
+    max_rate: float, qna_depths: Sequence[int], window_depths: Sequence[int], downsample: bool
+) -> list[list[float]]:
+    """Rates of each stage's window blocks, QnA blocks and outgoing strided block, rising linearly
+    in the order of execution; a strided block takes a step of the rise only with downsample."""
+    last = len(qna_depths) - 1
+    slots = [
+        window + qna + (1 if downsample and i < last else 0)
+        for i, (window, qna) in enumerate(zip(window_depths, qna_depths, strict=True))
+    ]
+    rates = calculate_drop_path_rates(max_rate, slots, stagewise=True)
+    return rates if downsample else [[*stage, 0.0] for stage in rates]
 
 
 class QnAViT(nn.Module):
@@ -333,14 +202,18 @@ class QnAViT(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.output_fmt = "NHWC"
+        self.feature_info = [
+            dict(num_chs=embed_dim * 2**i, reduction=STEM_REDUCTION * 2**i, module=f"stages.{i}")
+            for i in range(num_stages)
+        ]
+        self.num_features = self.feature_info[-1]["num_chs"]
         self.img_size = REF_IMG_SIZE if img_size is None else tuple(to_2tuple(img_size))
         if window_size is None:
-            windows = _stage_windows(REF_WINDOW_SIZE[-num_stages:], num_stages)
-            windows = _scale_windows(windows, REF_IMG_SIZE, self.img_size)
+            windows = stage_windows(REF_WINDOW_SIZE[-num_stages:], num_stages)
+            windows = scale_windows(windows, REF_IMG_SIZE, self.img_size, self._reductions())
         else:
-            windows = _stage_windows(window_size, num_stages)
+            windows = stage_windows(window_size, num_stages)
         self.window_size = windows
-        norm_layer = get_norm_layer(norm_layer)
         args = BlockArgs(
             num_queries=num_queries,
             normalize_stop_grad=normalize_stop_grad,
@@ -353,7 +226,7 @@ class QnAViT(nn.Module):
             init_values=init_values,
             down_shortcut=down_shortcut,
             act_layer=get_act_layer(act_layer),
-            norm_layer=norm_layer,
+            norm_layer=get_norm_layer(norm_layer),
             dd=dd,
         )
         stems = {"patch": PatchStem, "resnet": ResNetStem}
@@ -363,68 +236,44 @@ class QnAViT(nn.Module):
 
         kernels = to_ntuple(num_stages)(kernel_size)
         normalize = to_ntuple(num_stages)(normalize_query)
-        rates = self._drop_path_rates(
-            drop_path_rate, qna_depths, window_depths, drop_path_downsample
-        )
+        rates = drop_path_rates(drop_path_rate, qna_depths, window_depths, drop_path_downsample)
         stages = []
-        self.feature_info = []
-        for i in range(num_stages):
-            dim = embed_dim * 2**i
+        for i, info in enumerate(self.feature_info):
+            dim = info["num_chs"]
             down = None
-            if i > 0:
+            if i > 0:  # heads, kernel and rate of the stage it leaves
+                heads, rate = 2 * qna_num_heads[i - 1], rates[i - 1][-1]
                 down = qna_block(
-                    dim // 2,
-                    2 * qna_num_heads[i - 1],
-                    kernels[i - 1],
-                    normalize[i - 1],
+                    dim // 2, heads, kernels[i - 1], normalize[i - 1], args, rate, dim_out=dim
+                )
+            stages.append(
+                QnAStage(
+                    dim,
+                    qna_depths[i],
+                    window_depths[i],
+                    qna_num_heads[i],
+                    window_num_heads[i],
+                    kernels[i],
+                    windows[i],
+                    normalize[i],
+                    rates[i],
                     args,
-                    rates[i - 1][-1],
-                    dim_out=dim,
+                    down,
                 )
-            blocks = [
-                window_block(dim, window_num_heads[i], windows[i], args, rates[i][j])
-                for j in range(window_depths[i])
-            ]
-            blocks += [
-                qna_block(
-                    dim, qna_num_heads[i], kernels[i], normalize[i], args, rates[i][j]
-                )
-                for j in range(window_depths[i], window_depths[i] + qna_depths[i])
-            ]
-            stages.append(QnAStage(down, blocks))
-            reduction = STEM_REDUCTION * 2**i
-            self.feature_info.append(
-                dict(num_chs=dim, reduction=reduction, module=f"stages.{i}")
             )
         self.stages = nn.Sequential(*stages)
 
-        self.num_features = dim
-        self.norm = norm_layer(dim, **dd)
+        self.norm = args.norm_layer(self.num_features, **dd)
         self.head_type = head_type
         self.attn_pool = self._build_attn_pool(head_type, qna_num_heads[-1], normalize[-1], args)
         self.head = ClassifierHead(
-            dim, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd
+            self.num_features, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd
         )
         self.head_hidden_size = self.head.num_features
         self.init_weights(needs_reset=False)
 
-    @staticmethod
-    def _drop_path_rates(
-        max_rate: float,
-        qna_depths: Sequence[int],
-        window_depths: Sequence[int],
-        downsample: bool,
-    ) -> list[list[float]]:
-        """Rates of each stage's window blocks, QnA blocks and outgoing strided block."""
-        last = len(qna_depths) - 1
-        slots = [
-            w + q + (1 if downsample and i < last else 0)
-            for i, (w, q) in enumerate(zip(window_depths, qna_depths))
-        ]
-        rates = calculate_drop_path_rates(max_rate, slots, stagewise=True)
-        if not downsample:
-            rates = [[*stage, 0.0] for stage in rates]
-        return rates
+    def _reductions(self) -> list[int]:
+        return [info["reduction"] for info in self.feature_info]
 
     def _build_attn_pool(
         self, head_type: str, num_heads: int, normalize: bool, args: BlockArgs
@@ -537,10 +386,15 @@ class QnAViT(nn.Module):
         if min(new_size) < 1:
             raise ValueError(f"img_size must be positive, got {img_size}")
         if window_size is None:
-            windows = _scale_windows(self.window_size, self.img_size, new_size)
+            windows = scale_windows(
+                self.window_size,
+                self.img_size,
+                new_size,
+                self._reductions()[: len(self.window_size)],
+            )
         else:
-            windows = _stage_windows(window_size, len(self.window_size))
-        for stage, window in zip(self.stages, windows):
+            windows = stage_windows(window_size, len(self.window_size))
+        for stage, window in zip(self.stages, windows, strict=True):
             for module in stage.modules():
                 if isinstance(module, WindowAttention):
                     module.set_window_size(window)
@@ -704,9 +558,7 @@ def qna_vit_tiny_7x7(pretrained: bool = False, **kwargs: Any) -> QnAViT:
 @register_model
 def qna_vit_small(pretrained: bool = False, **kwargs: Any) -> QnAViT:
     """QnA-ViT-Small: 25.0 M parameters, 4.34 GMACs at 224, 83.2 % top-1 in the paper."""
-    model_args = dict(
-        qna_depths=(2, 3, 6, 0), window_depths=(0, 0, 12, 2), drop_path_rate=0.2
-    )
+    model_args = dict(qna_depths=(2, 3, 6, 0), window_depths=(0, 0, 12, 2), drop_path_rate=0.2)
     return _create_qna_vit("qna_vit_small", pretrained, **dict(model_args, **kwargs))
 
 

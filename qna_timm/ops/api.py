@@ -69,7 +69,7 @@ def learned_query_scores(
     if torch.jit.is_scripting():
         return _folded_scores(x, key_weight, key_bias, query)
     else:  # in so many words: the script compiler skips an else branch, not code that follows
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             return _folded_scores(x, key_weight, key_bias, query)
         with torch.autocast(x.device.type, enabled=False):
             return _folded_scores(x, key_weight, key_bias, query)
@@ -107,7 +107,9 @@ def _check_qna(
     offsets = kernel_size[0] * kernel_size[1]
     table = [offsets, scores.shape[3], scores.shape[4]]
     if rel_pos_bias is not None and list(rel_pos_bias.shape) != table:
-        raise ValueError(f"rel_pos_bias must be [K, Q, h] = {table}, got {list(rel_pos_bias.shape)}")
+        raise ValueError(
+            f"rel_pos_bias must be [K, Q, h] = {table}, got {list(rel_pos_bias.shape)}"
+        )
     if query_weight is not None:
         shape = list(query_weight.shape)
         if shape != table and shape != [1, table[1], table[2]]:

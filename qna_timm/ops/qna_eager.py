@@ -44,9 +44,9 @@ def qna_offsets(
     num_heads = scores.shape[4]
     out_h = (scores.shape[1] + 2 * padding - kernel_h) // stride + 1
     out_w = (scores.shape[2] + 2 * padding - kernel_w) // stride + 1
-    pad = [0, 0, padding, padding, padding, padding]
-    scores = F.pad(scores, [0, 0] + pad, value=float("-inf"))
-    value = F.pad(value.to(scores.dtype), pad).unflatten(3, (num_heads, -1))
+    p = padding
+    scores = F.pad(scores, [0, 0, 0, 0, p, p, p, p], value=float("-inf"))
+    value = F.pad(value.to(scores.dtype), [0, 0, p, p, p, p]).unflatten(3, (num_heads, -1))
     # The window's maximum goes before the bias comes: at scores of 1e4 a float32 sum with the
     # bias would keep only three decimals of it. softmax then removes the maximum of the sum.
     shift = _window_max(scores, kernel_size, stride)
@@ -99,7 +99,7 @@ def qna_depthwise(
 ) -> Tensor:
     """Depthwise form, right only where `fits_shared_shift`; arguments as in `qna_offsets`.
 
-        out = sum_q conv(exp(scores) * value, exp(bias) * query_weight) / conv(exp(scores), exp(bias))
+        out = sum_q conv(e * value, exp(bias) * query_weight) / conv(e, exp(bias)), e = exp(scores)
 
     Zero padding adds nothing to either sum, which keeps it out of the softmax. Channels-last
     throughout, the faster layout for the convolutions' weight gradients on CPU.

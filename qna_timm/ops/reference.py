@@ -28,7 +28,7 @@ def qna_attention_reference(
     Padding takes no part in the softmax ("Learned Queries for Efficient Local Attention",
     sections 3 and 4). Arguments as in `qna_attention`.
     """
-    batch, height, width, _, num_heads = scores.shape
+    height, width, num_heads = scores.shape[1], scores.shape[2], scores.shape[4]
     kernel_h, kernel_w = kernel_size
     value = rearrange(value.to(scores.dtype), "b y x (h d) -> b y x h d", h=num_heads)
     rows = []

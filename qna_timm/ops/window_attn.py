@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rel_pos_bias_matrix(table: Tensor, table_window: tuple[int, int], window: tuple[int, int]) -> Tensor:
+def rel_pos_bias_matrix(
+    table: Tensor, table_window: tuple[int, int], window: tuple[int, int]
+) -> Tensor:
     """Bias of every token pair of a window, [h, N, N], from the table of relative positions.
 
     Args:

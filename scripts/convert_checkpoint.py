@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+"""Convert a released checkpoint to a safetensors file that timm, train.py and validate.py load.
+
+python scripts/convert_checkpoint.py checkpoint_375300 --model qna_vit_tiny --out tiny.safetensors
+"""
+
+import argparse
+import importlib.util
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.utils import ParseKwargs
+
+from qna_timm.convert import ConversionError, qna_vit_state_dict, read_flax_checkpoint
+from qna_timm.models import QnAViT  # and registers the models
+from qna_timm.training.checkpoint import METADATA_KEY, save_tensors
+from qna_timm.training.errors import UsageError, closest, run_cli
+
+HEAD = ("head.fc.weight", "head.fc.bias")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="Flax msgpack checkpoint, or a folder of checkpoint_<step> files (the newest is read)",
+    )
+    parser.add_argument("--model", required=True, help="model name, such as qna_vit_tiny")
+    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument(
+        "--num-classes",
+        type=int,
+        default=None,
+        help="classes wanted; another number than the file's leaves the classifier out",
+    )
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="NAME=VALUE",
+        help="arguments of the model, for other constructions than the named ones",
+    )
+    return parser.parse_args(argv)
+
+
+def _check_args(args: argparse.Namespace) -> None:
+    names = timm.list_models("qna_vit_*")
+    if args.model not in names:
+        raise UsageError(
+            f"--model {args.model}: no converter for this model{closest(args.model, names)}"
+        )
+    if args.out.suffix != ".safetensors":
+        raise UsageError(f"--out {args.out}: the name must end in .safetensors")
+    if not args.out.parent.is_dir():
+        raise UsageError(f"--out {args.out}: no such folder {args.out.parent}")
+    if args.num_classes is not None and args.num_classes < 0:
+        raise UsageError(f"--num-classes {args.num_classes}: must be 0 or more")
+    if importlib.util.find_spec("msgpack") is None:
+        raise UsageError("msgpack is not installed: pip install 'qna_timm[convert]'")
+
+
+def _describe(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
+    return {
+        "arch": args.model,
+        "num_classes": num_classes,
+        "in_chans": 3,
+        "model_kwargs": args.model_kwargs,
+        "class_names": None,
+        "source": args.checkpoint.name,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read, convert, check against the model, write."""
+    args = parse_args(argv)
+    _check_args(args)
+    try:
+        arrays = read_flax_checkpoint(args.checkpoint)
+        head = arrays.get("ClassificationHead_0/head_logits/bias")
+        found = 0 if head is None else len(head)
+        # the meta device: names and shapes are all that is asked of the model
+        model = timm.create_model(args.model, num_classes=found, device="meta", **args.model_kwargs)
+        state_dict = qna_vit_state_dict(arrays, model)
+    except ConversionError as error:
+        raise UsageError(f"{args.checkpoint}: {error}") from None
+    except TypeError as error:
+        name = str(error).split("'")[1] if "unexpected keyword" in str(error) else ""
+        near = closest(name, inspect.signature(QnAViT).parameters)
+        raise UsageError(f"--model-kwargs {args.model_kwargs}: {error}{near}") from None
+    except ValueError as error:
+        raise UsageError(f"--model-kwargs {args.model_kwargs}: {error}") from None
+    wanted = found if args.num_classes is None else args.num_classes
+    if wanted != found:
+        for name in HEAD:
+            state_dict.pop(name, None)
+        print(
+            f"the file has {found} classes, {wanted} were asked for: its trunk is kept, "
+            "the classifier will be fresh"
+        )
+    metadata = _describe(args, found if wanted == found else 0)
+    save_tensors(args.out, state_dict, {METADATA_KEY: json.dumps(metadata)})
+    total = sum(tensor.numel() for tensor in state_dict.values())
+    print(f"{args.out}: {args.model}, {total:,} values, {metadata['num_classes']} classes")
+
+
+if __name__ == "__main__":
+    run_cli(main)
