@@ -125,8 +125,7 @@ def _evaluate(
         log_interval=settings.log_freq,
         enabled=processes.is_primary,
     ) as progress:
-        if processes.device.type != "cpu" or settings.torchcompile or settings.torchscript:
-            _warm_up(model, loader, settings, precision)
+        _warm_up(model, loader, settings, precision)
         start = time.perf_counter()
         metrics = evaluate(
             model,
@@ -146,9 +145,9 @@ def _warm_up(
     model: nn.Module, loader: ImageLoader, settings: argparse.Namespace, precision: Precision
 ) -> None:
     """One step on nothing, so that compilation and kernel selection are not in the rate."""
-    inputs = torch.zeros(
-        loader.batch_size, *loader.input_size, device=loader.device, dtype=loader.img_dtype
-    )
+    plain_cpu = loader.device.type == "cpu" and not settings.torchcompile
+    size = 1 if plain_cpu else loader.batch_size
+    inputs = torch.zeros(size, *loader.input_size, device=loader.device, dtype=loader.img_dtype)
     if settings.channels_last:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     with precision.autocast():

@@ -175,4 +175,4 @@ def draw_confusion_matrix(path: Path, matrix: Tensor, class_names: Sequence[str]
             axes.text(column, row, counts[row, column], ha="center", va="center", color=colour)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")

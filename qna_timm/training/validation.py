@@ -16,7 +16,7 @@ from timm.utils import natural_key, reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .checkpoint import FOLDER_FILES, STATE_SUFFIX, load_weights, read_metadata
+from .checkpoint import FOLDER_FILES, STATE_SUFFIX, find_weights, load_weights, read_metadata
 from .data import dataset_classes, open_dataset
 from .errors import UsageError
 from .names import expand_model_names
@@ -86,9 +86,14 @@ def settings_for(
     Raises:
         UsageError: no architecture or no data is named, by neither.
     """
-    settings = copy.deepcopy(args)
+    settings, metadata = copy.deepcopy(args), {}
     settings.checkpoint = candidate.checkpoint
-    metadata = read_metadata(candidate.checkpoint, args.use_ema) if candidate.checkpoint else {}
+    if candidate.checkpoint:
+        path = find_weights(candidate.checkpoint, args.use_ema)
+        if args.use_ema and path.suffix == ".safetensors" and not path.stem.endswith("_ema"):
+            _logger.warning("--use-ema: there are no averaged weights beside %s", path)
+        settings.checkpoint = str(path)
+        metadata = read_metadata(path)
     settings.model = candidate.model or metadata.get("arch")
     if not settings.model:
         raise UsageError(
@@ -165,14 +170,15 @@ def build_candidate(
     pretrained = not settings.checkpoint and (
         settings.pretrained or _has_published_weights(settings.model)
     )
+    flags = {
+        "in_chans": trained[0] if trained else settings.in_chans,
+        "num_classes": settings.num_classes,
+        "global_pool": settings.gp,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
         resolved = resolve_model_input_args(
-            settings.model,
-            request,
-            in_chans=trained[0] if trained else settings.in_chans,
-            num_classes=settings.num_classes,
-            global_pool=settings.gp,
-            **settings.model_kwargs,
+            settings.model, request, **{**settings.model_kwargs, **given}
         )
         model = create_model(pretrained=pretrained, scriptable=settings.torchscript, **resolved)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
