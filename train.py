@@ -17,75 +17,30 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm.utils import distribute_bn, random_seed
+from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
 
 import qna_timm  # noqa: F401  (registers its models)
 from qna_timm.training import curves, report, resume
-from qna_timm.training.build import (
-    build_model,
-    choose_classes,
-    describe,
-    input_config,
-    prepare_model,
-)
-from qna_timm.training.data import (
-    ImageLoader,
-    create_eval_loader,
-    create_train_loader,
-    open_datasets,
-    set_epoch,
-    uses_prefetcher,
-)
-from qna_timm.training.distributed import (
-    Processes,
-    decide_on_primary,
-    join_processes,
-    leave_processes,
-)
-from qna_timm.training.errors import UsageError, run_cli
+from qna_timm.training.data import set_epoch
+from qna_timm.training.distributed import decide_on_primary, join_processes, leave_processes
+from qna_timm.training.errors import run_cli
 from qna_timm.training.evaluation import evaluate
 from qna_timm.training.logs import RunLog
-from qna_timm.training.loop import Precision, Trainer, num_updates
-from qna_timm.training.optim import create_optimizer, create_schedule, current_lr, learning_rate
+from qna_timm.training.loop import num_updates
+from qna_timm.training.optim import current_lr
 from qna_timm.training.progress import Progress
 from qna_timm.training.recipe import as_yaml_dict, parse_train_args
 from qna_timm.training.saver import EMA, Saver
+from qna_timm.training.setup import Run, set_up, with_views
 from qna_timm.training.signals import Stopped, StopSignals
-from qna_timm.training.task import build_task, create_mixup
-from qna_timm.training.tta import AveragedViews
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 
 _logger = logging.getLogger("train")
-
-
-@dataclass
-class Run:
-    """What a run consists of once everything is set up.
-
-    Attributes:
-        args: Settings.
-        processes: The run's processes.
-        trainer: Trains the task for an epoch.
-        train_loader: Training images.
-        eval_loader: Validation images.
-        epochs: Epochs of the schedule.
-        metadata: What the checkpoints say about the run.
-    """
-
-    args: argparse.Namespace
-    processes: Processes
-    trainer: Trainer
-    train_loader: ImageLoader
-    eval_loader: ImageLoader
-    epochs: int
-    metadata: dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,88 +78,6 @@ def read_settings(argv: Sequence[str]) -> tuple[argparse.Namespace, bool]:
         if saved.is_file():
             args = parse_train_args(["--config", str(saved), *argv], QUICKSTART)
     return args, in_place
-
-
-def set_up(args: argparse.Namespace, processes: Processes) -> Run:
-    """Open the data and build everything that trains on it; nothing is written."""
-    report.check_trackers(args)
-    train_set, eval_set = open_datasets(args)
-    classes, class_names = choose_classes(args, train_set)
-    # One seed for the weights, so that all processes start from the same; then one for each.
-    random_seed(args.seed)
-    model = build_model(args, classes)
-    if classes is None:
-        _logger.info("the data does not say its classes: the model keeps its %d", model.num_classes)
-    data_config = input_config(args, model)
-    metadata = describe(args, model, data_config, class_names)
-    num_classes, parameters = model.num_classes, sum(p.numel() for p in model.parameters())
-    model = prepare_model(model, args, processes)
-    random_seed(args.seed, processes.rank)
-
-    device, in_loader = processes.device, uses_prefetcher(args, processes.device)
-    mixup = create_mixup(args, num_classes, in_loader)
-    train_loader = create_train_loader(
-        train_set,
-        args,
-        data_config,
-        device=device,
-        mixup_collate=mixup if in_loader else None,
-        num_aug_splits=args.aug_splits,
-    )
-    eval_loader = create_eval_loader(
-        eval_set,
-        args,
-        data_config,
-        device=device,
-        batch_size=args.validation_batch_size or args.batch_size,
-    )
-    per_update = args.batch_size * processes.world_size * args.grad_accum_steps
-    updates = num_updates(args, len(train_loader))
-    lr, lr_text = learning_rate(args, per_update)
-    optimizer = create_optimizer(args, model, lr)
-    schedule, epochs = create_schedule(args, optimizer, updates)
-    if args.stop_epoch is not None and args.stop_epoch > epochs:
-        raise UsageError(f"--stop-epoch {args.stop_epoch}: the run has {epochs} epochs")
-    trainer = Trainer(
-        build_task(args, model, processes),
-        optimizer,
-        schedule,
-        args=args,
-        processes=processes,
-        precision=Precision(args, device),
-        mixup=None if in_loader else mixup,
-    )
-    if args.builtin_data:
-        _logger.info("no data named: training on sklearn/digits with configs/quickstart.yaml")
-    _logger.info(
-        "device %s; data %s: %s training and %s validation images, %d classes; model %s: %.2f M"
-        " parameters, input %s",
-        report.device_name(device),
-        args.dataset or args.data_dir,
-        count(train_set),
-        count(eval_set),
-        num_classes,
-        args.model,
-        parameters / 1e6,
-        "x".join(map(str, data_config["input_size"])),
-    )
-    _logger.info(
-        "%d images per process x %d process(es) x %d accumulation = %d per update, %d updates per"
-        " epoch, %d epochs, %s",
-        args.batch_size,
-        processes.world_size,
-        args.grad_accum_steps,
-        per_update,
-        updates,
-        epochs,
-        lr_text,
-    )
-    return Run(args, processes, trainer, train_loader, eval_loader, epochs, metadata)
-
-
-def count(dataset: Dataset) -> str:
-    """Number of images for the eye; streams may not know it."""
-    return f"{len(dataset):,}" if hasattr(dataset, "__len__") else "unknown"
 
 
 def train(
@@ -310,8 +183,6 @@ def evaluate_model(run: Run, ema: bool) -> dict[str, float]:
     model = run.trainer.task.get_eval_model(ema=ema)
     if isinstance(model, DistributedDataParallel):
         model = model.module  # evaluation needs no communication
-    if args.tta > 1:
-        model = AveragedViews(model, args.tta, mirror=args.hflip > 0)
     with Progress(
         len(run.eval_loader),
         "evaluate averaged weights" if ema else "evaluate",
@@ -319,7 +190,7 @@ def evaluate_model(run: Run, ema: bool) -> dict[str, float]:
         enabled=processes.is_primary,
     ) as progress:
         return evaluate(
-            model,
+            with_views(model, args),
             run.eval_loader,
             device=processes.device,
             amp_autocast=run.trainer.precision.autocast,

@@ -2,7 +2,9 @@
 
 import argparse
 import logging
+import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -80,7 +82,7 @@ def _create(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
         resolved = resolve_model_input_args(args.model, vars(args), **kwargs)
         return create_model(pretrained=args.pretrained, scriptable=args.torchscript, **resolved)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = re.split(r"\n|[.] ", str(error).strip() or type(error).__name__)[0]
         if args.pretrained:
             reason += " (--pretrained-path FILE starts from weights on this machine)"
         raise UsageError(f"--model {args.model}: {reason}") from error
@@ -107,8 +109,10 @@ def load_as_pretrained(model: nn.Module, path: str) -> None:
 
     def fit_to_model(state: dict[str, Tensor], target: nn.Module) -> dict[str, Tensor]:
         state = model_filter(state, target) if model_filter else state
-        return _with_fresh_head(target, state, path)
+        fresh.update(_fresh_head(target, state))
+        return {**state, **fresh}
 
+    fresh: dict[str, Tensor] = {}
     try:
         load_pretrained(
             model,
@@ -119,9 +123,9 @@ def load_as_pretrained(model: nn.Module, path: str) -> None:
         )
     except (RuntimeError, KeyError, ValueError, AssertionError):
         # Say it in one line if the tensors do not fit; else it is not about the file.
-        check_weights(model, weights, metadata, path)
+        check_weights(model, {**weights, **_fresh_head(model, weights)}, metadata, path)
         raise
-    _logger.info("weights: %s", path)
+    _report_weights(path, model, weights, fresh)
 
 
 def load_initial(model: nn.Module, path: str) -> None:
@@ -131,32 +135,35 @@ def load_initial(model: nn.Module, path: str) -> None:
         UsageError: Not a checkpoint, or not of this model.
     """
     weights, metadata = read_weights(path)
-    weights = _with_fresh_head(model, weights, path)
-    check_weights(model, weights, metadata, path)
-    model.load_state_dict(weights)
-    _logger.info("weights: %s", path)
+    fresh = _fresh_head(model, weights)
+    check_weights(model, {**weights, **fresh}, metadata, path)
+    model.load_state_dict({**weights, **fresh})
+    _report_weights(path, model, weights, fresh)
 
 
-def _with_fresh_head(model: nn.Module, weights: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Put the model's own classifier where the checkpoint's is missing or has other classes."""
-    own = model.state_dict()
-    fresh = {
+def _fresh_head(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's own classifier tensors that the checkpoint lacks or has for other classes."""
+    return {
         key: value
-        for key, value in own.items()
+        for key, value in model.state_dict().items()
         if is_classifier_key(model, key)
         and (key not in weights or weights[key].shape != value.shape)
     }
-    if not fresh:
-        return weights
-    found = sorted({len(weights[key]) for key in fresh if key in weights})
-    has = f"{found[0]} classes" if found else "no classifier"
-    names = ", ".join(classifier_names(model))
-    _logger.warning(
-        "%s has %s, the model %d: its classifier (%s) is fresh, the rest is loaded",
-        path, has, model.num_classes, names,
-    )  # fmt: skip
-    # A model without classes has no classifier to fill; the checkpoint's would be left over.
-    return {**weights, **fresh}
+
+
+def _report_weights(
+    path: str, model: nn.Module, weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]
+) -> None:
+    """Say what was loaded, and that a classifier is fresh."""
+    _logger.info("weights: %s", path)
+    if fresh:
+        found = sorted({len(weights[key]) for key in fresh if key in weights})
+        has = f"{found[0]} classes" if found else "no classifier"
+        names = ", ".join(classifier_names(model))
+        _logger.warning(
+            "%s has %s, the model %d: its classifier (%s) is fresh, the rest is loaded",
+            path, has, model.num_classes, names,
+        )  # fmt: skip
 
 
 def _initialise_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
@@ -205,6 +212,35 @@ def input_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
         return resolve_input_data_config(model, vars(args))
     except (ValueError, AssertionError) as error:
         raise UsageError(f"--img-size, --input-size, --in-chans, --mean, --std: {error}") from error
+
+
+def check_forward(model: nn.Module, data_config: Mapping[str, Any], num_classes: int) -> None:
+    """See that the model takes an image of the run's size and gives a logit per class.
+
+    Args:
+        model: On any device, in any precision; its mode is kept.
+        data_config: Of which ``input_size`` is read.
+        num_classes: Logits expected.
+
+    Raises:
+        UsageError: It does not.
+    """
+    size = tuple(data_config["input_size"])
+    parameter = next(model.parameters())
+    image = torch.zeros((1, *size), device=parameter.device, dtype=parameter.dtype)
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            output = model.eval()(image)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        shape = " x ".join(map(str, size))
+        raise UsageError(f"--img-size: the model cannot take {shape} images: {reason}") from error
+    finally:
+        model.train(was_training)
+    logits = output[0] if isinstance(output, (tuple, list)) else output
+    if logits.shape != (1, num_classes):
+        raise UsageError(f"--model: gives {tuple(logits.shape[1:])} values, not {num_classes}")
 
 
 def describe(

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from .errors import UsageError
+
 _OWN = ("timm", "qna_timm", "train", "validate", "__main__")
 
 
@@ -23,7 +25,10 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 
 class RunLog:
-    """While entered, log records of the run go to stderr and, once there is one, to a file.
+    """While entered, collects what the run says; from `to_file` on, to stderr and to a file.
+
+    Until the run folder is there lines are held back, so that a mistake in the settings is told
+    in one line. They are dropped with a `UsageError`, shown with any other exception.
 
     Args:
         enabled: False (all processes but the first) lets only errors through.
@@ -32,19 +37,15 @@ class RunLog:
     def __init__(self, enabled: bool = True) -> None:
         self._enabled = enabled
         self._handlers: list[logging.Handler] = []
-        # Holds what is said before the run folder is there.
-        self._early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+        self._early = logging.handlers.MemoryHandler(
+            10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False
+        )
 
     def __enter__(self) -> "RunLog":
         root = logging.getLogger()
         self._level = root.level
-        root.setLevel(logging.INFO)
-        stream = logging.StreamHandler(sys.stderr)
-        stream.setFormatter(_Formatter("%(message)s"))
-        stream.setLevel(logging.INFO if self._enabled else logging.ERROR)
-        self._add(stream)
-        if self._enabled:
-            self._add(self._early)
+        root.setLevel(logging.INFO if self._enabled else logging.ERROR)
+        self._add(self._early)
         return self
 
     def _add(self, handler: logging.Handler) -> None:
@@ -53,15 +54,26 @@ class RunLog:
         self._handlers.append(handler)
 
     def to_file(self, path: Path) -> None:
-        """Write everything said so far, and from now on, to the end of a file."""
-        if not self._enabled:
-            return
+        """Say everything held back, and all that comes, on stderr and at the end of a file."""
         file = logging.FileHandler(path, encoding="utf-8")
         file.setFormatter(_Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self._add(file)
-        self._early.setTarget(file)
-        self._early.flush()
+        self._release(file, self._add_stream())
+
+    def _add_stream(self) -> logging.Handler:
+        stream = logging.StreamHandler(sys.stderr)
+        stream.setFormatter(_Formatter("%(message)s"))
+        self._add(stream)
+        return stream
+
+    def _release(self, *handlers: logging.Handler) -> None:
+        """Hand the lines held back to handlers that stay, and hold back no more."""
         logging.getLogger().removeHandler(self._early)
+        for handler in handlers:
+            if handler not in self._handlers:
+                self._add(handler)
+            for record in self._early.buffer:
+                handler.handle(record)
+        self._early.buffer.clear()
 
     def __exit__(
         self,
@@ -69,6 +81,8 @@ class RunLog:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._early.buffer and not isinstance(exc, UsageError):
+            self._release(self._add_stream())
         root = logging.getLogger()
         for handler in self._handlers:
             root.removeHandler(handler)

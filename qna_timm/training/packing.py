@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TENSOR, _DICT, _TUPLE = "tensor", "dict", "tuple"
+_TENSOR, _DICT, _TUPLE, _DTYPE = "tensor", "dict", "tuple", "dtype"
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "state") -> Any:
@@ -17,7 +17,7 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str = "state") -> Any:
     numbers and tensors.
 
     Args:
-        value: Dictionaries, lists, tuples, tensors, strings, numbers, None.
+        value: Dictionaries, lists, tuples, tensors, dtypes, strings, numbers, None.
         tensors: Receives the tensors; JSON refers to them by their keys here.
         name: Path of `value` inside the state, from which the tensors are named.
 
@@ -33,6 +33,8 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str = "state") -> Any:
     if isinstance(value, Tensor):
         tensors[name] = value
         return {_TENSOR: name}
+    if isinstance(value, torch.dtype):
+        return {_DTYPE: str(value).removeprefix("torch.")}
     if isinstance(value, Mapping):
         items = [
             [pack(key, tensors, name), pack(item, tensors, f"{name}.{key}")]
@@ -49,7 +51,8 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The inverse of `pack`.
 
     Raises:
-        KeyError, ValueError: `packed` refers to a tensor that is not there, or is malformed.
+        AttributeError, KeyError, ValueError: `packed` is malformed, or refers to a tensor that
+            is not there.
     """
     if isinstance(packed, list):
         return [unpack(item, tensors) for item in packed]
@@ -60,6 +63,8 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
         raise ValueError("malformed state")
     if kind == _TENSOR:
         return tensors[content]
+    if kind == _DTYPE and isinstance(getattr(torch, content), torch.dtype):
+        return getattr(torch, content)
     if kind == _TUPLE:
         return tuple(unpack(item, tensors) for item in content)
     if kind == _DICT:

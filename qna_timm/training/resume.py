@@ -104,7 +104,7 @@ def load_state(path: Path) -> dict[str, Any]:
         raise UsageError(f"--resume {path}: weights without the state of a run; {hint}")
     try:
         return unpack(json.loads(header[STATE_KEY]), load_file(path))
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, AttributeError, KeyError, ValueError, OSError) as error:
         raise UsageError(f"--resume {path}: damaged state file ({error})") from error
 
 

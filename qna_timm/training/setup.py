@@ -1,0 +1,153 @@
+"""A run made ready from its settings: data, model, and what trains it. Nothing is written."""
+
+import argparse
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from timm.utils import random_seed
+from torch import nn
+from torch.utils.data import Dataset
+
+from . import report
+from .build import build_model, check_forward, choose_classes, describe, input_config, prepare_model
+from .data import (
+    ImageLoader,
+    create_eval_loader,
+    create_train_loader,
+    open_datasets,
+    uses_prefetcher,
+)
+from .distributed import Processes
+from .loop import Precision, Trainer, num_updates
+from .optim import create_optimizer, create_schedule, learning_rate
+from .task import build_task, create_mixup
+from .tta import AveragedViews
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What a run consists of once everything is set up.
+
+    Attributes:
+        args: Settings.
+        processes: The run's processes.
+        trainer: Trains the task for an epoch.
+        train_loader: Training images.
+        eval_loader: Validation images.
+        epochs: Epochs of the schedule.
+        metadata: What the checkpoints say about the run.
+    """
+
+    args: argparse.Namespace
+    processes: Processes
+    trainer: Trainer
+    train_loader: ImageLoader
+    eval_loader: ImageLoader
+    epochs: int
+    metadata: dict[str, Any]
+
+
+def set_up(args: argparse.Namespace, processes: Processes) -> Run:
+    """Open the data and build everything that trains on it.
+
+    Raises:
+        UsageError: Settings, files or data are at fault.
+    """
+    report.check_trackers(args)
+    train_set, eval_set = open_datasets(args)
+    classes, class_names = choose_classes(args, train_set)
+    # One seed for the weights, so that all processes start from the same; then one for each.
+    random_seed(args.seed)
+    model = build_model(args, classes)
+    data_config = input_config(args, model)
+    metadata = describe(args, model, data_config, class_names)
+    model = prepare_model(model, args, processes)
+    check_forward(with_views(model, args), data_config, metadata["num_classes"])
+    random_seed(args.seed, processes.rank)
+
+    device, in_loader = processes.device, uses_prefetcher(args, processes.device)
+    mixup = create_mixup(args, metadata["num_classes"], in_loader)
+    train_loader = create_train_loader(
+        train_set,
+        args,
+        data_config,
+        device=device,
+        mixup_collate=mixup if in_loader else None,
+        num_aug_splits=args.aug_splits,
+    )
+    eval_batch = args.validation_batch_size or args.batch_size
+    eval_loader = create_eval_loader(
+        eval_set, args, data_config, device=device, batch_size=eval_batch
+    )
+    lr, lr_text = learning_rate(args, images_per_update(args, processes))
+    optimizer = create_optimizer(args, model, lr)
+    updates = num_updates(args, len(train_loader))
+    schedule, epochs = create_schedule(args, optimizer, updates)
+    trainer = Trainer(
+        build_task(args, model, processes),
+        optimizer,
+        schedule,
+        args=args,
+        processes=processes,
+        precision=Precision(args, device),
+        mixup=None if in_loader else mixup,
+    )
+    run = Run(args, processes, trainer, train_loader, eval_loader, epochs, metadata)
+    _announce_data_and_model(run, model, train_set, eval_set, known_classes=classes is not None)
+    _announce_arithmetic(run, updates, lr_text)
+    return run
+
+
+def images_per_update(args: argparse.Namespace, processes: Processes) -> int:
+    """The global batch: per process x processes x accumulation."""
+    return args.batch_size * processes.world_size * args.grad_accum_steps
+
+
+def with_views(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """The model as it is evaluated: on several views of an image with ``--tta``."""
+    return AveragedViews(model, args.tta, mirror=args.hflip > 0) if args.tta > 1 else model
+
+
+def _announce_data_and_model(
+    run: Run, model: nn.Module, train_set: Dataset, eval_set: Dataset, known_classes: bool
+) -> None:
+    args, metadata = run.args, run.metadata
+    if args.builtin_data:
+        _logger.info("no data named: training on sklearn/digits with configs/quickstart.yaml")
+    if not known_classes:
+        _logger.info("the data does not say its classes: the model keeps its own number")
+    _logger.info(
+        "device %s; data %s: %s training and %s validation images, %d classes; model %s: %.2f M"
+        " parameters, input %s",
+        report.device_name(run.processes.device),
+        args.dataset or args.data_dir,
+        _count(train_set),
+        _count(eval_set),
+        metadata["num_classes"],
+        args.model,
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        "x".join(map(str, metadata["data_config"]["input_size"])),
+    )
+
+
+def _announce_arithmetic(run: Run, updates: int, lr_text: str) -> None:
+    args, processes = run.args, run.processes
+    _logger.info(
+        "%d images per process x %d process(es) x %d accumulation = %d per update, %d updates per"
+        " epoch, %d epochs, %s",
+        args.batch_size,
+        processes.world_size,
+        args.grad_accum_steps,
+        images_per_update(args, processes),
+        updates,
+        run.epochs,
+        lr_text,
+    )
+
+
+def _count(dataset: Dataset) -> str:
+    """Number of images for the eye; streams may not know it."""
+    return f"{len(dataset):,}" if hasattr(dataset, "__len__") else "unknown"
