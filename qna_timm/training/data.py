@@ -6,6 +6,8 @@ return fits `create_train_loader` and `create_eval_loader`, which live in `loade
 
 import argparse
 import importlib.util
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from PIL import Image
 from timm.data import create_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
 from .digits import Digits
@@ -41,6 +44,8 @@ __all__ = [
     "set_epoch",
     "uses_prefetcher",
 ]
+
+_logger = logging.getLogger(__name__)
 
 _TORCH_TWO_SPLITS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 _TORCH_FOLDERS = ("image_folder", "folder")
@@ -168,7 +173,25 @@ def _open_folder(args: argparse.Namespace, split: str, is_training: bool) -> Dat
             f"{root} holds images directly; put them in one folder per class, "
             f"for example {root}/cat and {root}/dog"
         )
+    _report_merged_classes(dataset)
     return dataset
+
+
+def _report_merged_classes(dataset: Dataset) -> None:
+    """timm names a class by the last folder only, so two folders can be one class."""
+    if not isinstance(dataset.reader, ReaderImageFolder):
+        return
+    folders: dict[str, set[str]] = {}
+    for folder in {os.path.dirname(path) for path, _ in dataset.reader.samples}:
+        folders.setdefault(os.path.basename(folder), set()).add(folder)
+    for name, places in folders.items():
+        if len(places) > 1:
+            _logger.warning(
+                "class %r is the name of %d folders: %s",
+                name,
+                len(places),
+                ", ".join(sorted(places)),
+            )
 
 
 def _open_reader(args: argparse.Namespace, split: str, is_training: bool) -> Dataset:

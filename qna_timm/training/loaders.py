@@ -9,9 +9,11 @@ import torch.distributed as dist
 from PIL import ImageMode
 from timm.data import AugMixDataset, create_loader
 from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from .collate import SplitCollate
 from .errors import UsageError
 from .sampling import EpochSampler, KeyedCollate, KeyedDataset
 
@@ -227,6 +229,22 @@ def _train_kwargs(args: argparse.Namespace, data_config: Mapping[str, Any]) -> d
     }
 
 
+def _split_kwargs(args: argparse.Namespace, num_aug_splits: int) -> dict[str, Any]:
+    """Collation of split batches and their erasing, for loaders without the prefetcher."""
+    if num_aug_splits < 2 and not args.resplit:
+        return {}
+    erasing = None
+    if args.reprob > 0 and not args.no_aug:
+        erasing = RandomErasing(
+            args.reprob,
+            mode=args.remode,
+            max_count=args.recount,
+            num_splits=(num_aug_splits or 2) if args.resplit else 0,
+            device="cpu",
+        )
+    return {"collate_fn": SplitCollate(erasing), "re_prob": 0.0}
+
+
 def _check_step_fits(sampler: EpochSampler, batch_size: int, world_size: int) -> None:
     if sampler.num_steps:
         return
@@ -281,7 +299,10 @@ def create_train_loader(
     if num_aug_splits > 1 and not isinstance(dataset, AugMixDataset):
         dataset = AugMixDataset(dataset, num_splits=num_aug_splits)
     _set_image_mode(dataset, args, data_config["input_size"][0])
-    img_dtype = _image_dtype(args)
+    img_dtype, prefetched = _image_dtype(args), uses_prefetcher(args, device)
+    kwargs = {"collate_fn": mixup_collate, **_train_kwargs(args, data_config)}
+    if not prefetched:
+        kwargs.update(_split_kwargs(args, num_aug_splits))
     loader = _build(
         dataset,
         args,
@@ -292,12 +313,11 @@ def create_train_loader(
         std=data_config["std"],
         num_aug_splits=num_aug_splits,
         num_workers=args.workers,
-        collate_fn=mixup_collate,
         pin_memory=args.pin_mem,
         img_dtype=img_dtype,
         device=device,
-        use_prefetcher=uses_prefetcher(args, device),
-        **_train_kwargs(args, data_config),
+        use_prefetcher=prefetched,
+        **kwargs,
     )
     inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
     changes: dict[str, Any] = {"multi_epochs": args.use_multi_epochs_loader}

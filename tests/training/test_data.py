@@ -1,0 +1,380 @@
+"""Datasets, their order, and loaders."""
+
+import hashlib
+import itertools
+import random
+import shutil
+import tarfile
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import FastCollateMixup
+from timm.data.loader import PrefetchLoader
+from torch.utils.data import DataLoader, Dataset
+
+from qna_timm.training import data, loaders
+from qna_timm.training.errors import UsageError
+from qna_timm.training.recipe import parse_train_args, parse_validate_args
+from qna_timm.training.sampling import EpochSampler, KeyedCollate, KeyedDataset
+
+CPU = torch.device("cpu")
+CONFIG = {
+    "input_size": (3, 16, 16),
+    "interpolation": "bilinear",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+CLASSES = ("ant", "bee", "cat")
+
+
+def train_args(*argv: str) -> Namespace:
+    return parse_train_args(["--device", "cpu", "-j", "0", *argv])
+
+
+def digits_args(*argv: str) -> Namespace:
+    return train_args("--dataset", "sklearn/digits", "-b", "64", *argv)
+
+
+def write_images(folder: Path, counts: dict[str, int], size: int = 20) -> None:
+    """Images of one grey per class, so that pixels tell the class: ant 10, bee 20, cat 30, ..."""
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        grey = 10 * (1 + (*CLASSES, "dog").index(name))
+        for index in range(count):
+            Image.new("RGB", (size, size), (grey,) * 3).save(folder / name / f"{index}.png")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder dataset with three classes; validation calls its folder `val` and lacks `ant`."""
+    write_images(tmp_path / "train", dict.fromkeys(CLASSES, 4))
+    write_images(tmp_path / "val", {"bee": 2, "cat": 3})
+    return tmp_path
+
+
+def batches(loader: loaders.ImageLoader, epoch: int) -> list[torch.Tensor]:
+    data.set_epoch(loader, epoch)
+    return [torch.cat([x.flatten(1), y[:, None]], dim=1) for x, y in loader]
+
+
+def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
+    assert len(first) == len(second) > 0
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class TestDigits:
+    def test_split_is_fixed_stratified_and_disjoint(self) -> None:
+        train, val = data.open_datasets(digits_args())
+        assert (len(train), len(val)) == (1438, 359)
+        labels = [np.bincount([y for _, y in split], minlength=10) for split in (train, val)]
+        share = labels[1] / (labels[0] + labels[1])
+        assert np.all(np.abs(share - 0.2) < 0.005)
+        images = [{image.tobytes() for image, _ in split} for split in (train, val)]
+        assert not images[0] & images[1]
+        # the split of the first release; a change would make results incomparable
+        digest = hashlib.sha256(val.dataset.images.tobytes()).hexdigest()
+        assert digest.startswith("2f5eb12f1dfec8a2")
+        assert data.dataset_classes(train) == (10, list("0123456789"))
+
+    @pytest.mark.parametrize(("flags", "mode"), [((), "RGB"), (("--in-chans", "1"), "L")])
+    def test_image_mode_follows_channels(self, flags: tuple[str, ...], mode: str) -> None:
+        image, _ = data.open_datasets(digits_args(*flags))[0][0]
+        assert (image.mode, image.size) == (mode, (8, 8))
+        assert image.getextrema() != (0, 0)
+
+    def test_models_own_channels_win_over_the_default(self) -> None:
+        args = digits_args()
+        dataset, _ = data.open_datasets(args)
+        config = {**CONFIG, "input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,)}
+        inputs, _ = next(iter(data.create_train_loader(dataset, args, config, device=CPU)))
+        assert inputs.shape == (64, 1, 16, 16)
+
+    def test_few_samples_keep_all_classes(self) -> None:
+        args = digits_args("--train-num-samples", "40", "--val-num-samples", "20")
+        train, val = data.open_datasets(args)
+        assert (len(train), len(val)) == (40, 20)
+        assert len({label for _, label in train}) == 10
+
+    def test_misspelt_split(self) -> None:
+        with pytest.raises(UsageError, match=r"--val-split 'validaton'.*did you mean 'validation'"):
+            data.open_datasets(digits_args("--val-split", "validaton"))
+
+
+class TestOrder:
+    def keys(self, processes: int, batch: int, epoch: int = 0, **kwargs: float) -> list[list]:
+        """Steps of an epoch; each is the list of (index, seed) over all processes."""
+        per_rank = []
+        for rank in range(processes):
+            sampler = EpochSampler(53, batch, seed=7, rank=rank, world_size=processes, **kwargs)
+            sampler.set_epoch(epoch)
+            keys = [(key.index, key.seed) for key in sampler]
+            assert len(keys) == len(sampler)
+            per_rank.append([keys[i : i + batch] for i in range(0, len(keys), batch)])
+        return [list(itertools.chain(*step)) for step in zip(*per_rank, strict=True)]
+
+    def test_steps_do_not_depend_on_the_number_of_processes(self) -> None:
+        alone = self.keys(1, 12)
+        assert len(alone) == 53 // 12
+        for processes in (2, 3, 4):
+            shared = self.keys(processes, 12 // processes)
+            assert [sorted(step) for step in shared] == [sorted(step) for step in alone]
+
+    def test_every_sample_once_and_epochs_differ(self) -> None:
+        first, second = (list(itertools.chain(*self.keys(1, 53, epoch))) for epoch in (0, 1))
+        assert sorted(index for index, _ in first) == list(range(53))
+        assert [i for i, _ in first] != [i for i, _ in second]
+        assert not {seed for _, seed in first} & {seed for _, seed in second}
+
+    def test_neighbouring_seeds_and_epochs_are_unrelated(self) -> None:
+        orders = set()
+        for seed, epoch in ((7, 1), (8, 0), (1, 7)):
+            sampler = EpochSampler(53, 53, seed=seed)
+            sampler.set_epoch(epoch)
+            orders.add(tuple(key.index for key in sampler))
+        assert len(orders) == 3
+
+    def test_repeated_augmentation(self) -> None:
+        keys = list(itertools.chain(*self.keys(1, 6, aug_repeats=3)))
+        indices = [index for index, _ in keys]
+        assert indices[0::3] == indices[1::3] == indices[2::3]
+        assert len(set(indices)) == len(indices) // 3
+        assert len({seed for _, seed in keys}) == len(keys)  # each copy augmented differently
+        ranks = self.keys(3, 2, aug_repeats=3)[0]
+        assert ranks[0][0] == ranks[2][0] == ranks[4][0]  # copies go to different processes
+
+    def test_epoch_repeats(self) -> None:
+        keys = itertools.chain(*self.keys(1, 53, epoch_repeats=2.0))
+        indices = [index for index, _ in keys]
+        assert sorted(indices) == sorted([*range(53), *range(53)])
+
+
+class TestTrainLoader:
+    FLAGS = ("--aa", "rand-m9-mstd0.5", "--reprob", "0.5", "--color-jitter", "0.4")
+
+    def loader(self, *argv: str) -> loaders.ImageLoader:
+        args = digits_args("--train-num-samples", "200", *self.FLAGS, *argv)
+        dataset, _ = data.open_datasets(args)
+        return data.create_train_loader(dataset, args, CONFIG, device=CPU)
+
+    def test_augmentations_depend_on_epoch_and_seed_only(self) -> None:
+        loader = self.loader()
+        epochs = [batches(loader, epoch) for epoch in (0, 1)]
+        assert not torch.equal(epochs[0][0], epochs[1][0])
+        assert_same(batches(self.loader(), 1), epochs[1])  # a resumed run begins with epoch 1
+        workers = self.loader("-j", "2")
+        for epoch in (0, 1):
+            assert_same(batches(workers, epoch), epochs[epoch])
+        assert not torch.equal(batches(self.loader("--seed", "43"), 0)[0], epochs[0][0])
+
+    def test_multi_epochs_loader_keeps_the_order_also_when_left_early(self) -> None:
+        plain, multi = self.loader(), self.loader("--use-multi-epochs-loader", "-j", "1")
+        for epoch in (3, 4):
+            assert_same(batches(multi, epoch), batches(plain, epoch))
+        data.set_epoch(multi, 5)
+        next(iter(multi))
+        assert_same(batches(multi, 6), batches(plain, 6))
+
+    def test_loading_leaves_the_global_generators_alone(self) -> None:
+        loader = self.loader()
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        expected = torch.rand(2).tolist(), random.random(), np.random.rand()
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        batches(loader, 0)
+        assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected
+
+    def test_augmentation_splits(self) -> None:
+        args = digits_args("--aug-splits", "2", "--aa", "augmix-m3-w3")
+        dataset, _ = data.open_datasets(args)
+        loader = data.create_train_loader(dataset, args, CONFIG, device=CPU, num_aug_splits=2)
+        inputs, target = next(iter(loader))
+        assert inputs.shape == (128, 3, 16, 16)
+        assert torch.equal(target[:64], target[64:])
+        assert not torch.equal(inputs[:64], inputs[64:])
+
+    @pytest.mark.parametrize("prefetched", [False, True])
+    def test_first_split_is_not_erased(
+        self, prefetched: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if prefetched:
+            monkeypatch.setattr(loaders, "_PREFETCH_DEVICES", ("cpu",))
+        still = ("--scale", "1", "1", "--ratio", "1", "1", "--hflip", "0", "--color-jitter", "0")
+        batch = {}
+        for probability in ("0", "1"):
+            args = digits_args("--aug-splits", "2", "--resplit", "--reprob", probability, *still)
+            args.train_interpolation = "bilinear"
+            dataset, _ = data.open_datasets(args)
+            loader = data.create_train_loader(dataset, args, CONFIG, device=CPU, num_aug_splits=2)
+            batch[probability], _ = next(iter(loader))
+        erased = (batch["0"] != batch["1"]).flatten(1).any(dim=1)
+        assert erased.tolist() == [False] * 64 + [True] * 64
+
+    def test_step_larger_than_the_dataset(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(UsageError, match=r"--batch-size 1439 is larger .* 1438 images"):
+            args = train_args("--dataset", "sklearn/digits", "-b", "1439")
+            data.create_train_loader(data.open_datasets(args)[0], args, CONFIG, device=CPU)
+        monkeypatch.setattr(loaders, "process_place", lambda: (1, 4))
+        expected = "800 x 4 processes = 3200 images a step.* --batch-size 359 or less"
+        with pytest.raises(UsageError, match=expected):
+            args = train_args("--dataset", "sklearn/digits", "-b", "800")
+            data.create_train_loader(data.open_datasets(args)[0], args, CONFIG, device=CPU)
+
+    def test_mixing_in_the_loader_stops_in_persistent_workers(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(loaders, "_PREFETCH_DEVICES", ("cpu",))
+        args = digits_args("--train-num-samples", "128", "-j", "1")
+        dataset, _ = data.open_datasets(args)
+        mixup = FastCollateMixup(mixup_alpha=1.0, label_smoothing=0.0, num_classes=10)
+        loader = data.create_train_loader(dataset, args, CONFIG, device=CPU, mixup_collate=mixup)
+        assert isinstance(loader.loader, PrefetchLoader)
+        assert loader.mixup_enabled
+        mixed = [target for _, target in loader]
+        assert all(((t > 0) & (t < 1)).any() for t in mixed)
+        loader.mixup_enabled = False
+        data.set_epoch(loader, 1)
+        assert all(set(target.unique().tolist()) == {0.0, 1.0} for _, target in loader)
+
+    def test_mixing_is_reproducible(self) -> None:
+        class Grey(Dataset):
+            def __len__(self) -> int:
+                return 8
+
+            def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+                return np.full((3, 4, 4), 10 * index, dtype=np.uint8), index
+
+        def one_epoch() -> torch.Tensor:
+            collate = KeyedCollate(FastCollateMixup(mixup_alpha=1.0, num_classes=8))
+            sampler = EpochSampler(8, 4, seed=0)
+            loader = DataLoader(KeyedDataset(Grey()), 4, sampler=sampler, collate_fn=collate)
+            return torch.cat([target for _, target in loader])
+
+        first = one_epoch()
+        np.random.rand(5)
+        assert torch.equal(first, one_epoch())
+
+    def test_bad_augmentation_value(self) -> None:
+        args = digits_args()
+        args.remode = "nosuch"
+        args.reprob = 0.5
+        with pytest.raises(UsageError, match="--remode nosuch"):
+            data.create_train_loader(data.open_datasets(args)[0], args, CONFIG, device=CPU)
+
+
+class TestFolders:
+    def open(self, root: Path, *argv: str) -> tuple[Dataset, Dataset]:
+        return data.open_datasets(train_args("--data-dir", str(root), *argv))
+
+    def test_validation_labels_are_those_of_training(
+        self, root: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        train, val = self.open(root)
+        assert data.dataset_classes(train) == data.dataset_classes(val) == (3, list(CLASSES))
+        for split in (train, val):
+            assert all(image.getpixel((0, 0))[0] == 10 * (1 + label) for image, label in split)
+        assert "no image of 1 of the 3 classes: ant" in caplog.text
+
+    def test_class_that_training_lacks(self, root: Path) -> None:
+        write_images(root / "val", {"dog": 1})
+        with pytest.raises(UsageError, match="split 'validation' has the class 'dog'"):
+            self.open(root)
+
+    def test_missing_split_is_not_the_root(self, root: Path) -> None:
+        with pytest.raises(UsageError, match=r"--val-split 'tset'.*holds train, val") as caught:
+            self.open(root, "--val-split", "tset")
+        assert "\n" not in str(caught.value)
+        shutil.rmtree(root / "val")
+        with pytest.raises(UsageError, match="--val-split 'validation': no such folder"):
+            self.open(root)
+
+    def test_flat_folder_is_no_training_set(self, root: Path) -> None:
+        flat = shutil.copytree(root / "train", root / "pictures")
+        with pytest.raises(UsageError, match=r"--train-split 'train'.*ant, bee, cat"):
+            self.open(flat)
+
+    def test_same_class_name_in_two_places(
+        self, root: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        write_images(root / "train" / "more", {"bee": 1})
+        train, _ = self.open(root)
+        assert data.dataset_classes(train) == (3, list(CLASSES))
+        assert "'bee' is the name of 2 folders" in caplog.text
+
+    def test_validate_takes_a_flat_folder_only_by_default(self, root: Path) -> None:
+        flat = shutil.copytree(root / "train", root / "pictures")
+        args = parse_validate_args(["--data-dir", str(flat), "--device", "cpu"])
+        assert len(data.open_dataset(args, args.split, False)) == 12
+        args = parse_validate_args(["--data-dir", str(flat), "--split", "test", "--device", "cpu"])
+        with pytest.raises(UsageError, match="--split 'test'"):
+            data.open_dataset(args, args.split, False)
+        args = parse_validate_args(["--data-dir", str(root / "val"), "--device", "cpu"])
+        assert len(data.open_dataset(args, args.split, False)) == 5  # named like its split
+
+    def test_empty_and_unsorted_folders(self, root: Path) -> None:
+        (root / "none" / "train").mkdir(parents=True)
+        with pytest.raises(UsageError, match="0 images"):
+            self.open(root / "none")
+        Image.new("RGB", (8, 8)).save(root / "train" / "loose.png")
+        with pytest.raises(UsageError, match="one folder per class"):
+            self.open(root)
+
+    def test_archives(self, root: Path) -> None:
+        packed = root / "packed"
+        packed.mkdir()
+        for split in ("train", "val"):
+            with tarfile.open(packed / f"{split}.tar", "w") as archive:
+                archive.add(root / split, arcname=".")
+        train, val = self.open(packed)
+        assert (len(train), len(val)) == (12, 5)
+        assert all(image.getpixel((0, 0))[0] == 10 * (1 + label) for image, label in val)
+        with pytest.raises(UsageError, match="one archive, which holds one split"):
+            self.open(packed / "train.tar")
+
+    def test_class_map(self, root: Path) -> None:
+        (root / "map.txt").write_text("cat\nbee\nant\n")
+        train, _ = self.open(root, "--class-map", str(root / "map.txt"))
+        assert data.dataset_classes(train) == (3, ["cat", "bee", "ant"])
+        (root / "map.txt").write_text("eel\n")
+        with pytest.raises(UsageError, match="are its folders named in --class-map"):
+            self.open(root, "--class-map", str(root / "map.txt"))
+
+    def test_image_mode_that_does_not_fit(self, root: Path) -> None:
+        with pytest.raises(UsageError, match=r"'rgb' is no image mode.*'RGB'"):
+            self.open(root, "--input-img-mode", "rgb")
+        args = train_args("--data-dir", str(root), "--input-img-mode", "L", "-b", "2")
+        with pytest.raises(UsageError, match="L gives 1 channels, but the model takes 3"):
+            data.create_train_loader(data.open_datasets(args)[0], args, CONFIG, device=CPU)
+
+    def test_torchvision_image_folder(self, root: Path) -> None:
+        train, val = self.open(root, "--dataset", "torch/image_folder")
+        assert (len(train), len(val)) == (12, 5)
+        assert all(image.getpixel((0, 0))[0] == 10 * (1 + label) for image, label in val)
+
+
+class TestOtherKinds:
+    def test_not_downloaded(self, tmp_path: Path) -> None:
+        args = train_args("--dataset", "torch/cifar10", "--data-dir", str(tmp_path))
+        with pytest.raises(UsageError, match=r"torch/cifar10.*--dataset-download"):
+            data.open_datasets(args)
+        assert not list(tmp_path.iterdir())
+
+    def test_misspelt_split_is_not_the_test_set(self, tmp_path: Path) -> None:
+        args = train_args("--dataset", "torch/mnist", "--data-dir", str(tmp_path))
+        with pytest.raises(UsageError, match="--train-split 'trian'"):
+            data.open_dataset(args, "trian", True)
+
+    @pytest.mark.parametrize("kind", ["hfds", "tfds", "wds"])
+    def test_missing_package(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UsageError, match=f"--dataset {kind}/x needs .*: pip install"):
+            data.open_datasets(train_args("--dataset", f"{kind}/x", "--data-dir", "nowhere"))
+
+    def test_missing_scikit_learn(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+        with pytest.raises(UsageError, match=r"qna_timm\[train\]"):
+            data.open_datasets(digits_args())
