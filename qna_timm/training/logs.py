@@ -14,9 +14,10 @@ _OWN = ("timm", "qna_timm", "train", "validate", "__main__")
 class _Formatter(logging.Formatter):
     """Plain lines; warnings and errors say that they are."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.levelno > logging.INFO:
+            record.message = f"{record.levelname.lower()}: {record.message}"
+        return super().formatMessage(record)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:

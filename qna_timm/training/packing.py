@@ -31,6 +31,8 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str = "state") -> Any:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value.copy())
     if isinstance(value, Tensor):
+        while name in tensors:  # keys with dots, or 1 beside "1", can spell the same path
+            name += "+"
         tensors[name] = value
         return {_TENSOR: name}
     if isinstance(value, torch.dtype):

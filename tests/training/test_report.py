@@ -1,0 +1,155 @@
+"""The run folder: where it is, summary, curves, settings, log and trackers."""
+
+import argparse
+import csv
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from qna_timm.training import curves, report
+from qna_timm.training.distributed import Processes
+from qna_timm.training.errors import UsageError
+from qna_timm.training.logs import RunLog
+from qna_timm.training.recipe import as_yaml_dict, parse_train_args
+
+ROWS = [
+    report.summary_row(0, {"loss": 2.0}, {}, 0.1),
+    report.summary_row(
+        1, {"loss": 1.5}, {"loss": 1.0, "top1": 50.0, "top5": 90.0, "top1_ema": 40.0}, 0.05
+    ),
+    report.summary_row(2, {"loss": float("nan")}, {"loss": float("nan"), "top1": 10.0}, 0.01),
+]
+
+
+def settings(*argv: str) -> argparse.Namespace:
+    return parse_train_args(["--dataset", "sklearn/digits", "--device", "cpu", *argv])
+
+
+def test_summary_has_timms_columns(tmp_path: Path) -> None:
+    report.write_summary(tmp_path, ROWS)
+    with open(tmp_path / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        *("epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "eval_top1_ema", "lr"),
+    ]
+    assert rows[0]["eval_top1"] == "" and rows[0]["lr"] == "0.1"
+    assert rows[1]["eval_top1_ema"] == "40.0" and rows[2]["train_loss"] == "nan"
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[1:2]])
+def test_curves_are_a_picture(tmp_path: Path, rows: list) -> None:
+    path = tmp_path / "curves.png"
+    curves.draw_curves(rows, path, "title")
+    with Image.open(path) as image:
+        assert image.width > 1000
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
+    # the line of the learning rate, and with an evaluation that of validation
+    assert (0x3C, 0x8D, 0x5A) in colours
+    assert ((0x1F, 0x6F, 0xB4) in colours) == (len(rows) > 1 or rows[0]["epoch"] > 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_no_matplotlib_is_said_once_per_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not curves.can_draw()
+    assert "pip install 'qna_timm[train]'" in caplog.text
+
+
+def test_settings_reload(tmp_path: Path) -> None:
+    argv = ["--lr", "3e-4", "--mixup", "0.2", "--opt-betas", "0.9", "0.99", "--model-kwargs"]
+    args = settings(*argv, "depth=2", "--stop-epoch", "3", "--experiment", "x")
+    report.write_args(tmp_path, as_yaml_dict(args))
+    again = parse_train_args(["--config", str(tmp_path / "args.yaml")])
+    assert as_yaml_dict(again) == as_yaml_dict(args)
+    assert yaml.safe_load((tmp_path / "args.yaml").read_text())["lr"] == 3e-4
+
+
+def test_environment_names_code_and_versions(tmp_path: Path) -> None:
+    processes = Processes(torch.device("cpu"))
+    current = report.environment(processes, ["train.py", "--lr", "1"])
+    report.write_environment(tmp_path, current)
+    report.write_environment(tmp_path, {**current, "hostname": "other"})
+    content = json.loads((tmp_path / "environment.json").read_text())
+    assert content["torch"] == torch.__version__ and content["command"][1:] == ["--lr", "1"]
+    assert content["git_commit"] is None or len(content["git_commit"]) == 40
+    assert [entry["hostname"] for entry in content["resumed"]] == ["other"]
+
+
+def test_default_name_never_overwrites(tmp_path: Path) -> None:
+    args = settings("--output", str(tmp_path), "--model", "test_vit")
+    folders = set()
+    for _ in range(3):
+        folder, state = report.plan_run(args, (32, 48), False)
+        assert state is None and not folder.exists() and folder.name.split("-")[3] == "48"
+        folder.mkdir()
+        folders.add(folder)
+    assert len(folders) == 3
+
+
+def test_existing_experiment_is_refused(tmp_path: Path) -> None:
+    args = settings("--output", str(tmp_path), "--experiment", "mine")
+    assert report.plan_run(args, (32, 32), False) == (tmp_path / "mine", None)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "summary.csv").touch()
+    with pytest.raises(UsageError, match="mine holds a run already; --resume auto"):
+        report.plan_run(args, (32, 32), False)
+
+
+def test_unwritable_output(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="--output: cannot write"):
+        report.make_folder(tmp_path / "file" / "run")
+
+
+def test_trackers_write_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trackers = report.Trackers(settings("--log-tensorboard"), tmp_path, {}, 0)
+    for row in ROWS[:2]:
+        trackers.log(row)
+    trackers.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == [2.0, 1.5]
+    assert [event.step for event in events.Scalars("eval/top1")] == [1]
+
+
+def test_missing_trackers_name_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flag, module in (("--log-tensorboard", "tensorboard"), ("--log-wandb", "wandb")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UsageError, match=f"{flag} needs {module}: pip install"):
+            report.check_trackers(settings(flag))
+
+
+def test_log_holds_lines_back_until_the_folder_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("qna_timm.test")
+    with RunLog() as log:
+        logger.info("early")
+        logging.getLogger("elsewhere").info("noise")
+        assert capsys.readouterr().err == ""
+        log.to_file(tmp_path / "train.log")
+        logger.warning("late")
+    logger.warning("after")
+    assert capsys.readouterr().err == "early\nwarning: late\n"
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["early", "warning: late"]
+
+
+def test_log_drops_lines_before_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError), RunLog():
+        logging.getLogger("qna_timm.test").info("early")
+        raise UsageError("wrong")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(RuntimeError), RunLog():
+        logging.getLogger("qna_timm.test").info("early")
+        raise RuntimeError
+    assert capsys.readouterr().err == "early\n"
