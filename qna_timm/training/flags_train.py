@@ -161,7 +161,7 @@ _RUN = (
         "--smoke",
         bool,
         False,
-        "Try the recipe in seconds: two updates of at most 8 small images "
+        "Try the recipe in seconds: two updates of 4 small images "
         "of sklearn/digits, everything else as it is (not in timm).",
     ),
 )

@@ -159,15 +159,18 @@ def _apply_smoke(args: Namespace, command: Mapping[str, Any]) -> None:
     """
     args.dataset, args.data_dir, args.builtin_data = BUILTIN_DATASET, None, False
     args.train_split, args.val_split, args.class_map = "train", "validation", ""
-    args.train_num_samples, args.val_num_samples = None, 32
+    args.train_num_samples, args.val_num_samples = None, 16
     args.dataset_download = args.pretrained = args.log_wandb = False
     if "pretrained_path" not in command and not Path(args.pretrained_path or "").is_file():
         args.pretrained_path = None
-    args.batch_size, args.validation_batch_size = min(args.batch_size, 8), 32
+    args.batch_size, args.validation_batch_size = min(args.batch_size, 4), 16
+    args.grad_accum_steps = min(args.grad_accum_steps, 2)
     args.workers = 0
     args.img_size = _smoke_side(args)
     if args.input_size:
         args.input_size = [args.input_size[0], args.img_size, args.img_size]
+    if "img_size" in args.model_kwargs:
+        args.model_kwargs = {**args.model_kwargs, "img_size": args.img_size}
     args.num_classes = None
     args.max_steps, args.stop_epoch, args.save_epochs, args.log_interval = 2, 1, None, 1
 
@@ -212,6 +215,9 @@ def parse_train_args(
     if args.smoke:
         _apply_smoke(args, command)
     check_train_values(args, origins, TRAIN_FLAGS)
+    if args.smoke and args.device == "cpu":
+        # Most CPUs emulate float16, a hundred times slower than bfloat16.
+        args.amp_dtype = "bfloat16"
     return args
 
 

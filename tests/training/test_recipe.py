@@ -1,0 +1,466 @@
+"""Flags, YAML recipes and their checks."""
+
+import ast
+import csv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qna_timm.training import checks
+from qna_timm.training.errors import UsageError, closest, run_cli
+from qna_timm.training.flags import all_flags, flags_by_key, parse_command_line
+from qna_timm.training.flags_train import TRAIN_FLAGS
+from qna_timm.training.flags_validate import VALIDATE_FLAGS
+from qna_timm.training.names import expand_model_names
+from qna_timm.training.recipe import as_yaml_dict, parse_train_args, parse_validate_args
+
+DATA = Path(__file__).parents[1] / "data"
+TABLES = {"train": TRAIN_FLAGS, "validate": VALIDATE_FLAGS}
+
+# Where our default differs from timm's on purpose (None: found out at run time).
+OTHER_DEFAULTS = {
+    "train": {
+        "model": "qna_vit_tiny",
+        "device": None,
+        "output": "./output/train",
+        "decay_epochs": None,  # timm's library then takes its 90, or wsd's own
+    },
+    "validate": {"model": "qna_vit_tiny", "device": None},
+}
+
+
+def timm_flags():
+    """Script and row of each of timm's flags: flag, aliases, kind, nargs, default."""
+    params = []
+    for script in TABLES:
+        with open(DATA / f"timm_{script}_flags.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                params.append(pytest.param(script, row, id=f"{script}{row['flag']}"))
+    return params
+
+
+def train(*argv, model="test_resnet"):
+    return parse_train_args(["--model", model, *map(str, argv)])
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("script, row", timm_flags())
+def test_flag_is_timms(script, row):
+    key = row["flag"].lstrip("-").replace("-", "_")
+    if row["flag"].startswith("-") and not row["flag"].startswith("--"):
+        key = row["aliases"].lstrip("-").replace("-", "_")
+    flag = flags_by_key(TABLES[script])[key]
+
+    names = {name.replace("_", "-") for name in [row["flag"], *row["aliases"].split()]}
+    assert names <= set(flag.options)
+
+    kinds = {"flag": bool, "str": str, "int": int, "float": float, "kwargs": dict}
+    assert flag.kind is kinds[row["kind"]]
+
+    default = ast.literal_eval(row["default"])
+    assert flag.default == OTHER_DEFAULTS[script].get(key, default)
+
+    if row["nargs"].isdigit() or row["nargs"] == "+":
+        assert flag.is_list
+    if row["nargs"] == "?" and row["flag"] != "data":
+        assert flag.nargs == "?" and flag.const == "inductor"
+
+
+@pytest.mark.parametrize("script, row", timm_flags())
+def test_flag_is_read_from_the_command_line(script, row):
+    if row["flag"] == "data":
+        assert parse_command_line(TABLES[script], ["x"], "p", "d") == {"data": "x"}
+        return
+    values = {"flag": [], "str": ["x"], "int": ["3"], "float": ["0.5"], "kwargs": ["a=1"]}
+    name = row["flag"].replace("_", "-")
+    (flag,) = (flag for flag in all_flags(TABLES[script]) if name in flag.options)
+    given = values[row["kind"]]
+    if flag.choices:
+        given = [flag.choices[-1]]
+    if isinstance(flag.nargs, int):
+        given = given * flag.nargs
+    for name in [row["flag"], *row["aliases"].split()]:
+        parsed = parse_command_line(TABLES[script], [name, *given], "p", "d")
+        assert list(parsed) == [flag.key]
+
+
+def test_flags_have_one_place_each():
+    for table in TABLES.values():
+        keys = [flag.key for flag in all_flags(table)]
+        assert len(keys) == len(set(keys))
+
+
+def test_spellings_short_flags_and_negative_numbers():
+    args = train("-b16", "-vb", "8", "-j0", "--head_init_bias", "-6.9e-1", "--local-rank=0")
+    assert args.batch_size == 16
+    assert args.validation_batch_size == 8
+    assert args.workers == 0
+    assert args.head_init_bias == -0.69
+    assert train("--model_kwargs", "a=1", "b=relu", "c=(1, 2)").model_kwargs == {
+        "a": 1,
+        "b": "relu",
+        "c": (1, 2),
+    }
+    assert train("--torchcompile").torchcompile == "inductor"
+    assert train("--torchcompile", "eager").torchcompile == "eager"
+
+
+def test_switches_turn_off(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "amp: true\nno_aug: true\n")
+    assert train("-c", recipe).amp is True
+    args = train("-c", recipe, "--no-amp", "--aug")
+    assert args.amp is False and args.no_aug is False
+
+
+def test_precedence_and_given(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "batch-size: 32\nlr: 3e-4\nepochs: 7\n")
+    quickstart = write(tmp_path / "q.yaml", "epochs: 5\nopt: adamw\nlr: 1.0\n")
+    args = parse_train_args(["--model", "test_resnet", "-c", str(recipe), "--lr", "2"], quickstart)
+    assert (args.lr, args.batch_size, args.epochs, args.opt) == (2.0, 32, 7, "adamw")
+    assert args.momentum == 0.9
+    assert args.builtin_data and args.dataset == "sklearn/digits"
+    assert args.given == {
+        "batch_size": 32,
+        "lr": 2.0,
+        "epochs": 7,
+        "model": "test_resnet",
+        "config": str(recipe),
+    }
+
+
+def test_named_data_leaves_the_quickstart_out(tmp_path):
+    quickstart = write(tmp_path / "q.yaml", "epochs: 5\n")
+    for argv in ([str(tmp_path)], ["--data-dir", str(tmp_path)], ["--dataset", "sklearn/digits"]):
+        args = parse_train_args(["--model", "test_resnet", *argv], quickstart)
+        assert args.epochs == 300 and not args.builtin_data
+        assert not hasattr(args, "data")
+    assert args.dataset == "sklearn/digits" and args.data_dir is None
+    assert train(tmp_path).data_dir == str(tmp_path)
+
+
+def test_defaults_are_not_shared():
+    train("--save-epochs", "2").decay_milestones.append(1000)
+    assert train().decay_milestones == [90, 180, 270]
+
+
+def test_yaml_types(tmp_path):
+    recipe = write(
+        tmp_path / "r.yaml",
+        "lr: '3e-4'\nepochs: '10'\nmean: ['0.5', 0.4, 1]\ninput_size: [3, 32, 32]\nexperiment: 5\n"
+        "torchcompile: true\namp: yes\ndrop_path: null\nmodel_kwargs: {act_layer: relu}\n"
+        "save_epochs: [4, 8]\nstop_epoch:\n",
+    )
+    args = train("-c", recipe)
+    assert args.lr == 3e-4 and args.epochs == 10 and args.mean == [0.5, 0.4, 1.0]
+    assert args.input_size == [3, 32, 32] and args.experiment == "5" and args.amp is True
+    assert args.torchcompile == "inductor" and args.drop_path is None
+    assert args.model_kwargs == {"act_layer": "relu"} and args.save_epochs == [4, 8]
+    assert args.stop_epoch is None
+
+
+@pytest.mark.parametrize(
+    "text, fragments",
+    [
+        ("weigth_decay: 0.1", ["unknown key 'weigth_decay'", "'weight_decay'"]),
+        ("1: 2", ["unknown key '1'"]),
+        ("config: a.yaml", ["unknown key 'config'"]),
+        ("lr: fast", ["key 'lr'", "a number", "'fast'"]),
+        ("lr: true", ["key 'lr'", "a number", "true"]),
+        ("lr: .nan", ["key 'lr'", "a number"]),
+        ("lr: 1\nlr: 2", ["line 2", "'lr' is there twice"]),
+        ("batch_size: 1\nbatch-size: 2", ["'batch-size' is there twice"]),
+        ("epochs: 1.5", ["key 'epochs'", "a whole number", "1.5"]),
+        ("mean: 0.5", ["key 'mean'", "a list", "0.5"]),
+        ("input_size: [3, 224]", ["key 'input_size'", "3 values", "found 2"]),
+        ("decay_milestones: [1, x]", ["key 'decay_milestones'", "'x'"]),
+        ("amp: 3", ["key 'amp'", "true or false", "3"]),
+        ("model: [a]", ["key 'model'", "a string"]),
+        ("model_kwargs: 3", ["key 'model_kwargs'", "name=value"]),
+        ("loss: bse", ["key 'loss'", "'bse'", "did you mean 'bce'"]),
+        ("batch_size: 0", ["key 'batch_size'", "positive", "0"]),
+        ("- a", ["key: value", "list"]),
+        ("a: [1", ["line 2", "not YAML"]),
+        ("task: multilabel", ["key 'task'", "multi-label"]),
+        ("!!python/object/apply:os.getcwd []", ["not YAML"]),
+    ],
+)
+def test_yaml_errors_name_file_key_and_value(tmp_path, text, fragments):
+    path = write(tmp_path / "recipe.yaml", text + "\n")
+    with pytest.raises(UsageError) as error:
+        train("-c", path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_yaml_that_cannot_be_read(tmp_path):
+    (tmp_path / "noise.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    for name, reason in (("gone.yaml", "No such file"), (".", "directory"), ("noise.yaml", "text")):
+        with pytest.raises(UsageError, match=reason):
+            train("-c", tmp_path / name)
+
+
+BAD_TRAIN = [
+    (["--model", "resnet5"], ["--model", "unknown model 'resnet5'", "'resnet50'"]),
+    (["--model", "resnet18.a9_in1k"], ["resnet18", "a9_in1k", "resnet18.a1_in1k"]),
+    (["--opt", "adamv"], ["--opt", "'adamv'", "'adam'"]),
+    (["--opt", "adamw", "--opt-kwargs", "foo=1"], ["--opt-kwargs", "foo"]),
+    (["--sched", "cosin"], ["--sched", "'cosin'", "'cosine'"]),
+    (["--sched", "wsd", "--epochs", "3"], ["--sched", "warmup_epochs"]),
+    (["--sched", "plateau", "--sched-on-updates"], ["--sched-on-updates", "plateau"]),
+    (["--lr-noise", ".1", ".2", ".3"], ["--lr-noise", "found 3"]),
+    (["--dataset", "torch/cifar11"], ["--dataset", "torch/cifar11", "'torch/cifar10'"]),
+    (["--dataset", "digits"], ["--dataset", "'digits'", "'sklearn/digits'"]),
+    (["--dataset", ""], ["--dataset", "--data-dir"]),
+    (["--dataset", "torch/cifar10"], ["torch/cifar10", "folder"]),
+    (["/no/such/folder"], ["--data-dir", "/no/such/folder"]),
+    (["--data-dir", "/no/such/folder"], ["--data-dir", "/no/such/folder"]),
+    (["--bach-size", "3"], ["--bach-size", "'--batch-size'"]),
+    (["--batch", "3"], ["--batch"]),
+    (["a", "b"], ["unexpected argument 'b'"]),
+    (["--lr"], ["--lr", "expected one argument"]),
+    (["--lr", "fast"], ["--lr", "a number", "'fast'"]),
+    (["--lr", "nan"], ["--lr", "a number"]),
+    (["--input-size", "3", "224"], ["--input-size", "3"]),
+    (["--amp-dtype", "half"], ["--amp-dtype", "'half'", "'float16'"]),
+    (["--amp-dtype", "float16", "--amp", "--model-dtype", "bfloat16"], ["--model-dtype", "--amp"]),
+    (["--clip-mode", "nrm"], ["--clip-mode", "'norm'"]),
+    (["--eval-metric", "top2"], ["--eval-metric", "'top1'"]),
+    (["--eval-metric", "map"], ["--eval-metric", "'top1', 'top5', 'loss'"]),
+    (["--smoothing", "1.5"], ["--smoothing", "below 1"]),
+    (["--reprob", "1.5"], ["--reprob", "between 0 and 1"]),
+    (["--model-ema-decay", "1.1"], ["--model-ema-decay", "between 0 and 1"]),
+    (["--scale", "1", ".5"], ["--scale", "lesser value first"]),
+    (["--decay-milestones", "30", "20"], ["--decay-milestones", "grow"]),
+    (["--aa", "rond-m9"], ["--aa", "rond-m9"]),
+    (["--aa", "rand-m9-x5"], ["--aa", "rand-m9-x5"]),
+    (["--mixup", ".1", "-b", "3"], ["--batch-size", "even", "3"]),
+    (["--aug-splits", "1"], ["--aug-splits", "at least 2"]),
+    (["--aug-splits", "3", "--mixup", ".1"], ["--mixup", "--aug-splits"]),
+    (["--split-bn"], ["--split-bn", "--aug-splits"]),
+    (["--jsd-loss"], ["--jsd-loss", "--aug-splits"]),
+    (["--jsd-loss", "--bce-loss", "--aug-splits", "2"], ["bce and jsd"]),
+    (["--loss", "ce", "--bce-loss"], ["bce and ce"]),
+    (["--loss", "asl"], ["--loss", "multi-label"]),
+    (["--bce-target-thresh", ".2"], ["--bce-target-thresh", "--bce-loss"]),
+    (["--in-chans", "1", "--input-size", "3", "32", "32"], ["--input-size", "--in-chans is 1"]),
+    (["--std", "1", "1"], ["--std", "1 or 3", "found 2"]),
+    (["--resume", "auto"], ["--resume", "--experiment"]),
+    (["--resume", "/no/such/run"], ["--resume", "/no/such/run"]),
+    (["--initial-checkpoint", "/no/such"], ["--initial-checkpoint", "/no/such"]),
+    (["--pretrained-path", "/no/such"], ["--pretrained-path", "/no/such"]),
+    (["--experiment", "../up"], ["--experiment", "../up"]),
+    (["--stop-epoch", "301"], ["--stop-epoch", "300 epochs"]),
+    (["--device", "cdua"], ["--device", "'cdua'", "'cuda'"]),
+    (["--device-modules", "no_such_module_x"], ["--device-modules", "no_such_module_x"]),
+    (["--model-kwargs", "depth"], ["--model-kwargs", "name=value", "'depth'"]),
+    (["--recovery-interval", "9"], ["--recovery-interval", "--resume"]),
+    (["--kd-model-name", "resnet50"], ["--kd-model-name", "distillation"]),
+    (["--naflex-loader"], ["--naflex-loader", "NaFlex"]),
+    (["--fuser", "te"], ["--fuser", "--torchcompile"]),
+    (["--train-img-sizes", "96", "128"], ["--train-img-sizes", "--img-size"]),
+    (["--poly-gamma", "2"], ["--poly-gamma", "multi-label"]),
+]
+
+
+@pytest.mark.parametrize("argv, fragments", BAD_TRAIN, ids=lambda value: " ".join(value)[:40])
+def test_bad_train_values_are_one_line(argv, fragments, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as error:
+        parse_train_args([*([] if "--model" in argv else ["--model", "test_resnet"]), *argv])
+    message = str(error.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "batch_size", "validation_batch_size", "epochs", "img_size", "num_classes", "in_chans",
+        "grad_accum_steps", "checkpoint_hist", "log_interval", "val_interval", "max_steps",
+    ],
+)  # fmt: skip
+def test_sizes_are_positive(key):
+    for value in (0, -1):
+        with pytest.raises(UsageError, match=f"positive, found {value}"):
+            train("--" + key.replace("_", "-"), value)
+
+
+def test_devices(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="--device: 'cuda' asked for"):
+        train("--device", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert train("--device", "cuda:1").device == "cuda:1"
+    with pytest.raises(UsageError, match="--device: 'cuda:2'"):
+        train("--device", "cuda:2")
+    monkeypatch.setattr(checks, "choose_device", lambda: "mps")
+    assert train().device == "mps"
+
+
+@pytest.mark.parametrize(
+    "argv, loss",
+    [
+        ([], "ce"),
+        (["--bce-loss"], "bce"),
+        (["--loss", "bce", "--bce-pos-weight", "2"], "bce"),
+        (["--loss", "jsd", "--aug-splits", "2"], "jsd"),
+        (["--jsd-loss", "--aug-splits", "3"], "jsd"),
+        (["--loss", "poly"], "poly"),
+    ],
+)
+def test_one_loss_is_settled(argv, loss):
+    args = train(*argv)
+    assert (args.loss, args.bce_loss, args.jsd_loss) == (loss, loss == "bce", loss == "jsd")
+    assert train("--loss", "bce", "--loss-pos-weight", "2").bce_pos_weight == 2
+
+
+def test_arguments_reload(tmp_path):
+    argv = [tmp_path, "--lr", "1e-3", "--bce-loss", "--model-kwargs", "act_layer=relu", "--amp"]
+    args = train(*argv, "--save-epochs", "2", "3")
+    saved = as_yaml_dict(args)
+    path = write(tmp_path / "args.yaml", yaml.safe_dump(saved))
+    again = parse_train_args(["--config", str(path)])
+    assert as_yaml_dict(again) == saved
+    assert again.model_kwargs == {"act_layer": "relu"} and again.loss == "bce"
+    # The device was chosen, not asked for: another machine may have another.
+    assert saved["device"] is None and args.device is not None
+    assert as_yaml_dict(train("--device", "cpu"))["device"] == "cpu"
+
+
+def test_arguments_saved_by_timm_load(tmp_path):
+    with open(DATA / "timm_train_flags.csv", newline="") as file:
+        saved = {
+            row["flag"].lstrip("-").replace("-", "_"): ast.literal_eval(row["default"])
+            for row in csv.DictReader(file)
+            if row["flag"].startswith("--") or row["flag"] == "data"
+        }
+    # What a later timm adds: inert settings of other losses.
+    saved |= {
+        "data_dir": str(tmp_path),
+        "device": "cpu",
+        "multilabel_threshold": 0.5,
+        "asl_clip": 0,
+    }
+    path = write(tmp_path / "args.yaml", yaml.safe_dump(saved))
+    args = parse_train_args(["--config", str(path)])
+    assert args.model == "resnet50" and args.opt == "sgd" and args.data_dir == str(tmp_path)
+
+
+def test_smoke_shrinks_and_keeps_the_rest(tmp_path):
+    recipe = write(
+        tmp_path / "r.yaml",
+        "model: test_vit\nbatch_size: 256\nimg_size: 384\nepochs: 300\nmixup: 0.8\nopt: lamb\n"
+        "pretrained: true\npretrained_path: weights/none.safetensors\nnum_classes: 1000\n"
+        "model_kwargs: {img_size: 384}\ngrad_accum_steps: 16\n",
+    )
+    args = parse_train_args(["-c", str(recipe), "--smoke"])
+    assert args.dataset == "sklearn/digits" and args.data_dir is None
+    assert args.batch_size <= 8 and args.max_steps == 2 and args.workers == 0
+    assert args.img_size == 64 and args.model_kwargs == {"img_size": 64}
+    assert args.pretrained is False and args.pretrained_path is None
+    assert (args.epochs, args.stop_epoch) == (300, 1)
+    assert (args.mixup, args.opt, args.num_classes) == (0.8, "lamb", None)
+    with pytest.raises(UsageError, match="--pretrained-path"):
+        parse_train_args(["-c", str(recipe), "--smoke", "--pretrained-path", "no/such"])
+
+
+BAD_VALIDATE = [
+    (["--model", "resnet5"], ["--model", "'resnet50'"]),
+    (["--model", "resnet18,resnet5"], ["--model", "'resnet5'"]),
+    (["--model", "no_such_*"], ["--model", "no_such_*"]),
+    (["--checkpoint", "/no/such"], ["--checkpoint", "/no/such"]),
+    (["--confusion-matrix", "a.jpg"], ["--confusion-matrix", ".png", "a.jpg"]),
+    (["--real-labels", "/no/such"], ["--real-labels", "/no/such"]),
+    (["--chekpoint", "a"], ["--chekpoint", "'--checkpoint'"]),
+    (["--config", "a"], ["--config"]),
+    (["--num-gpu", "2"], ["--num-gpu", "torchrun"]),
+    (["--metrics-avg", "mean"], ["--metrics-avg", "'micro'"]),
+    (["-b", "0"], ["--batch-size", "positive"]),
+]
+
+
+@pytest.mark.parametrize("argv, fragments", BAD_VALIDATE, ids=lambda value: " ".join(value))
+def test_bad_validate_values_are_one_line(argv, fragments):
+    with pytest.raises(UsageError) as error:
+        parse_validate_args(argv)
+    message = str(error.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_validate_values(tmp_path):
+    args = parse_validate_args(["-m", "test_resnet", "--per-class", "--results-file", "a/r.json"])
+    assert args.results_format == "json" and args.per_class == "-"
+    assert args.builtin_data and args.dataset == "" and args.device is not None
+    both = ["--results-file", "r.json", "--results-format", "csv"]
+    assert parse_validate_args(both).results_format == "csv"
+    assert parse_validate_args([str(tmp_path)]).data_dir == str(tmp_path)
+
+
+def test_model_lists(tmp_path):
+    names = write(tmp_path / "names.txt", "test_vit\n\ntest_resnet \n")
+    assert expand_model_names(str(names)) == ["test_vit", "test_resnet"]
+    assert expand_model_names("test_vit, test_resnet,test_vit") == ["test_vit", "test_resnet"]
+    assert "qna_vit_tiny" in expand_model_names("qna_vit_*")
+    assert expand_model_names("hf-hub:timm/resnet18") == ["hf-hub:timm/resnet18"]
+    with pytest.raises(UsageError, match="names no model"):
+        expand_model_names(str(write(tmp_path / "empty.txt", "\n")))
+
+
+@pytest.mark.parametrize("parse, table", [(parse_train_args, TRAIN_FLAGS),
+                                          (parse_validate_args, VALIDATE_FLAGS)])  # fmt: skip
+def test_help_groups_every_flag(parse, table, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for title, flags in table.items():
+        assert f"\n{title}:\n" in text
+        for flag in flags:
+            assert flag.options[-1] in text
+    if parse is parse_train_args:
+        assert "--config" in text and "default: 128" in text
+    assert "optional arguments" not in text
+
+
+def test_closest():
+    assert closest("resnet5", ["resnet50", "vit"]) == "; did you mean 'resnet50'?"
+    assert closest("xyz", ["resnet50"]) == ""
+    assert closest("abcd", ["abce", "abcf"], n=1).count("'") == 2
+    assert " or " in closest("abcd", ["abce", "abcf"])
+    assert closest("Adamw", ["adamw"]) == "; did you mean 'adamw'?"
+
+
+@pytest.mark.parametrize("rank, printed", [(None, True), ("0", True), ("1", False)])
+def test_usage_errors_end_every_rank_with_2(monkeypatch, capsys, rank, printed):
+    monkeypatch.setattr("sys.argv", ["/somewhere/train.py"])
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+
+    def main():
+        raise UsageError("--lr: two\nlines")
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ("train.py: error: --lr: two lines\n" if printed else "")
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: 143)
+    assert stop.value.code == 143
+    with pytest.raises(ZeroDivisionError):
+        run_cli(lambda: 1 // 0)
