@@ -139,8 +139,18 @@ def _take_data(settings: argparse.Namespace, saved: Mapping[str, Any]) -> None:
 def _has_published_weights(name: str) -> bool:
     if ":" in name:  # a hub or a local folder
         return True
-    config = get_pretrained_cfg(name, allow_unregistered=True)
+    config = get_pretrained_cfg(name)
     return config is not None and config.has_weights
+
+
+def _check_published_classes(name: str, num_classes: int | None) -> None:
+    """timm gives published weights a random classifier when other classes are asked for."""
+    config = None if ":" in name else get_pretrained_cfg(name)
+    if config is not None and num_classes not in (None, config.num_classes):
+        raise UsageError(
+            f"--num-classes {num_classes}: the published weights of {name} have "
+            f"{config.num_classes} classes, and a new classifier would answer at random"
+        )
 
 
 def _trained_size(settings: argparse.Namespace, metadata: Mapping[str, Any]) -> list[int] | None:
@@ -176,6 +186,8 @@ def build_candidate(
         "global_pool": settings.gp,
     }
     given = {name: value for name, value in flags.items() if value is not None}
+    if pretrained:
+        _check_published_classes(settings.model, settings.num_classes)
     try:
         resolved = resolve_model_input_args(
             settings.model, request, **{**settings.model_kwargs, **given}
