@@ -29,4 +29,4 @@ def resize_offset_table(table: Tensor, old: tuple[int, int], new: tuple[int, int
         grid = grid.float()
     size = [new[0], new[1]]
     grid = F.interpolate(grid, size, mode="bicubic", align_corners=False, antialias=True)
-    return grid[0].flatten(1).t().reshape(shape).to(table.dtype)
+    return grid[0].flatten(1).t().contiguous().view(shape).to(table.dtype)

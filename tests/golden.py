@@ -1,0 +1,67 @@
+"""Golden outputs of the released code, and the rule that makes its weights (tests/data)."""
+
+import json
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from make_data import thin
+from torch import Tensor
+
+DATA = Path(__file__).parent / "data"
+
+
+@cache
+def info() -> dict[str, Any]:
+    """The golden files' descriptions."""
+    return json.loads((DATA / "qna.json").read_text())
+
+
+@cache
+def arrays() -> dict[str, np.ndarray]:
+    """Outputs, thinned."""
+    with np.load(DATA / "qna.npz") as data:
+        return dict(data)
+
+
+def flax_leaf(path: str, shape: list[int]) -> np.ndarray:
+    """Value of the parameter at a path of the released model, by the golden files' rule."""
+    seed = zlib.crc32(path.encode())
+    value = np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+    name = path.rsplit("/", 1)[-1]
+    if name in ("kernel", "Wk"):
+        return value / np.sqrt(np.prod(shape[:-1])).astype(np.float32)
+    if name in ("bias", "mean"):
+        return np.float32(0.1) * value
+    if name == "scale":
+        return 1 + np.float32(0.1) * value
+    if name == "var":
+        return 1 + np.float32(0.1) * np.abs(value)
+    return value if name == "query" else np.float32(0.5) * value
+
+
+def flax_params(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
+    """All parameters of a released model."""
+    return {path: flax_leaf(path, shape) for path, shape in shapes.items()}
+
+
+def images(seed: int, *shape: int) -> Tensor:
+    """The golden files' input, channels-last as they have it."""
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def relative_error(found: Tensor | np.ndarray, wanted: np.ndarray) -> float:
+    """max|found - wanted| / max|wanted|, found being thinned first if it is the whole array."""
+    found = found.detach().double().numpy() if isinstance(found, Tensor) else found
+    if found.size != wanted.size:
+        found = thin(found)
+    return float(np.abs(found.ravel() - wanted.ravel()).max() / np.abs(wanted).max())
+
+
+def projection(path: str, gradient: np.ndarray) -> float:
+    """Sum of a gradient against the golden files' signed direction for that path."""
+    seed = zlib.crc32(f"proj:{path}".encode())
+    return float((gradient * np.random.RandomState(seed).standard_normal(gradient.shape)).sum())
