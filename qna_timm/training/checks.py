@@ -6,6 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from timm.data.auto_augment import (
+    augment_and_mix_transform,
+    auto_augment_transform,
+    rand_augment_transform,
+)
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
 from .errors import UsageError, closest
 from .flags import FlagTable, all_flags
 from .names import check_dataset_name, check_model_name, expand_model_names
@@ -35,15 +44,11 @@ def _import_device_modules(args: Namespace, origins: Origins) -> None:
 
 def choose_device() -> str:
     """Name the best device present: cuda, else xpu, else mps, else cpu."""
-    import torch
-
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else accelerator.type
 
 
 def _check_device(args: Namespace, origins: Origins) -> None:
-    import torch
-
     if args.device in (None, "auto"):
         args.device = choose_device()
         return
@@ -135,8 +140,7 @@ def _check_ordered_pairs(args: Namespace, origins: Origins) -> None:
 
 
 def _check_mixing(args: Namespace, origins: Origins) -> None:
-    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    key = "mixup" if args.mixup > 0 else "cutmix"
+    mixed = [key for key in ("mixup", "cutmix", "cutmix_minmax") if getattr(args, key)]
     if mixed and args.batch_size % 2:
         raise UsageError(
             f"{origins['batch_size']}: mixup and cutmix need an even batch, found {args.batch_size}"
@@ -144,7 +148,7 @@ def _check_mixing(args: Namespace, origins: Origins) -> None:
     if args.aug_splits == 1:
         raise UsageError(f"{origins['aug_splits']}: must be 0 or at least 2, found 1")
     if mixed and args.aug_splits:
-        raise UsageError(f"{origins[key]}: mixing does not go with --aug-splits")
+        raise UsageError(f"{origins[mixed[0]]}: mixing does not go with --aug-splits")
     if args.split_bn and not args.aug_splits:
         raise UsageError(f"{origins['split_bn']}: needs --aug-splits of at least 2")
 
@@ -185,9 +189,6 @@ def _attempt(where: str, build: Callable[[], Any]) -> None:
 
 def _check_optimizer(args: Namespace, origins: Origins) -> None:
     """Check the optimizer's name, then all of its arguments by making one for a small layer."""
-    import torch
-    from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
-
     known = list_optimizers()
     name = args.opt.lower()
     if name.removeprefix("lookahead_") not in known:
@@ -199,19 +200,10 @@ def _check_optimizer(args: Namespace, origins: Origins) -> None:
     for key in ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale"):
         settings.pop(key, None)
     where = origins["opt_kwargs" if "opt_kwargs" in args.given else "opt"]
-
-    def take_step() -> None:
-        layer = torch.nn.Linear(2, 2)
-        layer(torch.ones(1, 2)).sum().backward()
-        create_optimizer_v2(layer, **settings).step(lambda: 0.0)
-
-    _attempt(where, take_step)
+    _attempt(where, lambda: create_optimizer_v2(torch.nn.Linear(2, 2), **settings))
 
 
 def _check_schedule(args: Namespace, origins: Origins) -> None:
-    import torch
-    from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-
     if args.sched == "plateau" and args.sched_on_updates:
         raise UsageError(f"{origins['sched_on_updates']}: the plateau schedule moves by epochs")
     if args.lr_noise and len(args.lr_noise) > 2:
@@ -235,12 +227,6 @@ def _check_schedule(args: Namespace, origins: Origins) -> None:
 def _check_augmentation_policy(args: Namespace, origins: Origins) -> None:
     if not args.aa:
         return
-    from timm.data.auto_augment import (
-        augment_and_mix_transform,
-        auto_augment_transform,
-        rand_augment_transform,
-    )
-
     builders = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
     build = builders.get(args.aa.partition("-")[0], auto_augment_transform)
     hparams = {"translate_const": 100, "img_mean": (124, 116, 104)}

@@ -213,6 +213,8 @@ def _metavar(flag: Flag) -> str:
 
 
 def _help_text(flag: Flag) -> str:
+    if flag.refusal:
+        return f"Refused: {flag.refusal}.".replace("%", "%%")
     text = flag.help
     if flag.choices is not None and len(flag.choices) > 4:
         text += f" One of {', '.join(choice or repr(choice) for choice in flag.choices)}."
@@ -245,10 +247,16 @@ def _add_flag(group: Any, flag: Flag) -> None:
     )
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=30)
+
+
 def build_parser(table: FlagTable, prog: str, description: str) -> argparse.ArgumentParser:
     """Make the parser of a flag table; it yields raw values of only the flags that were given."""
     parser = _Parser(
         prog=prog,
+        usage="%(prog)s [flags] [DATA]",
+        formatter_class=_formatter,
         description=description,
         allow_abbrev=False,
         epilog=(

@@ -18,11 +18,11 @@ _NO_FUSER = "TorchScript fusers are gone from PyTorch: use --torchcompile"
 
 def _refuse(names: str, kind: type, default: object, why: str, inert: bool = False) -> Flag:
     nargs = "+" if isinstance(default, list) else None
-    return Flag(names, kind, default, "Not supported.", nargs, refusal=why, inert=inert)
+    return Flag(names, kind, default, "", nargs, refusal=why, inert=inert)
 
 
 def _refuse_list(names: str, kind: type, why: str) -> Flag:
-    return Flag(names, kind, None, "Not supported.", "+", refusal=why)
+    return Flag(names, kind, None, "", "+", refusal=why)
 
 
 _DISTILLATION = (

@@ -16,6 +16,23 @@ from .flags_refused import REFUSED_FLAGS
 
 METRICS = ("top1", "top5", "loss")
 
+_RECIPE = (
+    Flag(
+        "-c --config",
+        str,
+        None,
+        "YAML file of these flags' values; the command line goes before it.",
+        yaml=False,
+    ),
+    Flag(
+        "--smoke",
+        bool,
+        False,
+        "Try the recipe in seconds: two updates of 4 small images "
+        "of sklearn/digits, everything else as it is (not in timm).",
+    ),
+)
+
 _DATASET = (
     Flag("data", str, None, "Folder of the data; the same as --data-dir."),
     Flag("--data-dir", str, None, "Folder of the data: train/ and validation/ with class folders."),
@@ -110,7 +127,6 @@ _DEVICE = (
 )
 
 _RUN = (
-    Flag("-c --config", str, None, "YAML recipe; the command line goes before it.", yaml=False),
     Flag("--output", str, "./output/train", "Folder of run folders."),
     Flag("--experiment", str, "", "Name of the run folder; date, model and size when not given."),
     Flag(
@@ -157,17 +173,11 @@ _RUN = (
     Flag(
         "--max-steps", int, None, "At most this many updates an epoch (not in timm).", rule=POSITIVE
     ),
-    Flag(
-        "--smoke",
-        bool,
-        False,
-        "Try the recipe in seconds: two updates of 4 small images "
-        "of sklearn/digits, everything else as it is (not in timm).",
-    ),
 )
 
 
 TRAIN_FLAGS = {
+    "Recipe": _RECIPE,
     "Dataset": _DATASET,
     "Model": _MODEL,
     "Device and precision": _DEVICE,
@@ -178,6 +188,6 @@ TRAIN_FLAGS = {
     "Batch norm": BATCH_NORM_FLAGS,
     "Exponential moving average": EMA_FLAGS,
     "Run": _RUN,
-    "timm's, not supported (read at their defaults only)": REFUSED_FLAGS,
+    "timm's, not supported: read at their defaults only": REFUSED_FLAGS,
 }
 """train.py's flags by the group they are shown in."""

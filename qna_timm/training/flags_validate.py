@@ -131,7 +131,7 @@ _RESULTS = (
 
 
 def _refused(names: str, kind: type, default: object, refusal: str) -> Flag:
-    return Flag(names, kind, default, "Not supported.", refusal=refusal)
+    return Flag(names, kind, default, "", refusal=refusal)
 
 
 _REFUSED = (
@@ -152,6 +152,6 @@ VALIDATE_FLAGS = {
     "Input": _INPUT,
     "Device and precision": _DEVICE,
     "Results": _RESULTS,
-    "timm's, not supported (read at their defaults only)": _REFUSED,
+    "timm's, not supported: read at their defaults only": _REFUSED,
 }
 """validate.py's flags by the group they are shown in."""

@@ -3,7 +3,25 @@
 from fnmatch import fnmatch
 from pathlib import Path
 
+import timm
+
 from .errors import UsageError, closest
+
+TORCH_DATASETS = (
+    "cifar10",
+    "cifar100",
+    "mnist",
+    "kmnist",
+    "qmnist",
+    "fashion_mnist",
+    "inaturalist",
+    "inat",
+    "places365",
+    "imagenet",
+    "image_folder",
+    "folder",
+)
+"""What timm's factory knows of torchvision, after `torch/`."""
 
 _DATASET_KINDS = ("torch", "hfds", "hfids", "tfds", "wds", "sklearn")
 _REMOTE_MODELS = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -19,10 +37,6 @@ def check_model_name(name: str, where: str = "--model") -> None:
     Raises:
         UsageError: It is not; the closest names are given.
     """
-    import timm
-
-    import qna_timm  # noqa: F401  (registers our models)
-
     if name.startswith(_REMOTE_MODELS):
         return
     base, _, tag = name.partition(".")
@@ -47,10 +61,6 @@ def expand_model_names(spec: str, where: str = "--model") -> list[str]:
     Raises:
         UsageError: A name is unknown or a pattern fits none; the closest names are given.
     """
-    import timm
-
-    import qna_timm  # noqa: F401  (registers our models)
-
     if spec == "all":
         return timm.list_models(pretrained=True)
     parts = spec.split(",")
@@ -88,8 +98,6 @@ def check_dataset_name(name: str, where: str = "--dataset") -> None:
     Raises:
         UsageError: Neither of the known kinds, or not one of its names; the closest are given.
     """
-    from .data import TORCH_DATASETS
-
     if not name:
         return
     kind, _, rest = name.partition("/")

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 
 from .checks import check_train_values, check_validate_values
@@ -135,10 +136,6 @@ def _fold_data(args: Namespace, origins: Mapping[str, str]) -> None:
 
 def _smoke_side(args: Namespace) -> int:
     """Side of a smoke run's images: small, and a multiple of 32 to suit every stride."""
-    import timm
-
-    import qna_timm  # noqa: F401  (registers our models)
-
     side = args.input_size[-1] if args.input_size else args.img_size or 0
     # A recipe for larger images is about its windows and tables: leave these something to do.
     least = 64 if side > 224 else 32

@@ -89,6 +89,16 @@ def test_flag_is_read_from_the_command_line(script, row):
         assert list(parsed) == [flag.key]
 
 
+def test_flags_of_newer_timm_and_ours_are_there():
+    keys = set(flags_by_key(TRAIN_FLAGS))
+    newer = """task target_format multilabel_threshold loss loss_class_weight loss_pos_weight
+        loss_weight_power class_stats poly_epsilon poly_gamma lr_decay_fn lr_stable_timescale
+        stop_epoch save_epochs pretrained_cfg_overlay sweep_attempt sweep_locks"""
+    ours = {"config", "smoke", "max_steps", "log_tensorboard"}
+    assert set(newer.split()) | ours <= keys
+    assert {"per_class", "confusion_matrix", "device_modules"} <= set(flags_by_key(VALIDATE_FLAGS))
+
+
 def test_flags_have_one_place_each():
     for table in TABLES.values():
         keys = [flag.key for flag in all_flags(table)]
