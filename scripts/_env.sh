@@ -1,0 +1,32 @@
+# Sourced by the other scripts: a virtual environment in .venv, made or updated where needed.
+# Sets PYTHON and puts the environment first in PATH. QNA_TIMM_PYTHON picks the interpreter that
+# makes it, QNA_TIMM_VENV another folder, QNA_TIMM_EXTRAS the extras to install.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=$(realpath -m "${QNA_TIMM_VENV:-.venv}")
+extras=${QNA_TIMM_EXTRAS:-dev}
+PYTHON=$venv/bin/python
+
+# the installation is good while the files that describe it, and the folder, are the same
+stamp=$(cat setup.cfg pyproject.toml <(echo "$extras $PWD") | cksum)
+if [ ! -x "$PYTHON" ] || [ "$(cat "$venv/.qna_timm" 2>/dev/null)" != "$stamp" ]; then
+    base=${QNA_TIMM_PYTHON:-}
+    if [ -z "$base" ]; then
+        for name in python3 python3.13 python3.12 python3.11 python3.10; do
+            if command -v "$name" >/dev/null 2>&1 &&
+                "$name" -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
+                base=$name
+                break
+            fi
+        done
+    fi
+    if [ -z "$base" ]; then
+        echo "no Python 3.10 to 3.13 with venv found; name one with QNA_TIMM_PYTHON=/path/to/python3" >&2
+        exit 2
+    fi
+    echo "installing qna_timm[$extras] into $venv (once; downloads PyTorch)"
+    [ -x "$PYTHON" ] || "$base" -m venv "$venv"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+    echo "$stamp" >"$venv/.qna_timm"
+fi
+export PYTHON PATH="$venv/bin:$PATH"

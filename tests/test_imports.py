@@ -1,0 +1,82 @@
+"""Imports go down only, optional packages stay optional, and every module has one home."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "qna_timm"
+# what each layer of the house may import from this package
+ALLOWED = {
+    "ops": {"ops"},
+    "convert": {"ops"},
+    "layers": {"ops", "layers"},
+    "models": {"ops", "layers", "models", "convert"},
+    "training": {"ops", "layers", "models", "convert", "training", "version"},
+}
+CORE = {"torch", "torchvision", "timm", "einops", "yaml", "numpy", "PIL", "safetensors"}
+
+
+def imports(path: Path, top_level_only: bool) -> set[str]:
+    """Dotted names that a file imports, those for type checkers left out."""
+    tree = ast.parse(path.read_text())
+    tree.body = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        assert getattr(node, "level", 0) == 0, f"{path}: relative import"
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_imports_go_down(file: Path) -> None:
+    layer = file.parts[0].removesuffix(".py")
+    for name in imports(PACKAGE / file, top_level_only=False):
+        if name.startswith("qna_timm.") and layer in ALLOWED:
+            assert name.split(".")[1] in ALLOWED[layer], f"{file} imports {name}"
+        if layer == "ops":
+            assert not name.startswith("timm"), f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_extras_are_imported_where_they_are_used(file: Path) -> None:
+    """At the head of a file only core dependencies, which a plain install has."""
+    for name in imports(PACKAGE / file, top_level_only=True):
+        root = name.split(".")[0]
+        assert root in CORE | {"qna_timm"} | sys.stdlib_module_names, f"{file} imports {name}"
+
+
+def test_cold_import_without_extras() -> None:
+    """A plain install: none of the extras' packages, nor triton."""
+    code = """
+import sys
+for name in ("msgpack", "sklearn", "matplotlib", "tensorboard", "tqdm", "wandb", "jax", "flax"):
+    sys.modules[name] = None
+import qna_timm, timm
+assert len(timm.list_models("qna_vit_*")) == 4
+assert not any(name.startswith("qna_timm.training") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_module_names_do_not_collide_with_timm() -> None:
+    """timm's registry keys modules by their last name."""
+    import timm.models
+
+    theirs = {path.stem for path in Path(timm.models.__file__).parent.glob("*.py")}
+    ours = {path.stem for path in (PACKAGE / "models").glob("*.py")} - {"__init__"}
+    assert not ours & theirs
