@@ -43,9 +43,10 @@ def _import_device_modules(args: Namespace, origins: Origins) -> None:
 
 
 def choose_device() -> str:
-    """Name the best device present: cuda, else xpu, else mps, else cpu."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
+    """Name the accelerator that PyTorch finds (cuda, xpu, mps, ...), else cpu."""
+    if not torch.accelerator.is_available():
+        return "cpu"
+    return torch.accelerator.current_accelerator().type
 
 
 def _check_device(args: Namespace, origins: Origins) -> None:

@@ -6,6 +6,7 @@ from YAML (typed), so both are checked alike.
 
 import argparse
 import ast
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,6 +82,10 @@ class Flag:
         """Attribute in the parsed namespace and key in YAML, "batch_size"."""
         return self.long.lstrip("-").replace("-", "_")
 
+    def fresh_default(self) -> Any:
+        """The default, lists and dicts as copies, so that no run changes another's."""
+        return copy.copy(self.default)
+
     @property
     def is_list(self) -> bool:
         """Whether the value is a list."""
@@ -113,32 +118,23 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def _convert_number(kind: type, value: Any) -> int | float | None:
-    """Read a number from a number or a numeric string; None where it is neither."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+def _read(kind: type, value: Any) -> Any:
+    """A value as a bool, string or finite number; None where it is not one."""
+    if kind is bool or isinstance(value, bool):
+        return value if kind is bool and isinstance(value, bool) else None
+    if not isinstance(value, str | int | float):
         return None
+    if kind is str:
+        return str(value)
     try:
         number = kind(value) if isinstance(value, str) else value
-    except ValueError:
+        return kind(number) if math.isfinite(number) and kind(number) == number else None
+    except (ValueError, OverflowError):
         return None
-    if kind is int and number != math.floor(number):
-        return None
-    return kind(number)
 
 
 def _convert_scalar(flag: Flag, value: Any, where: str) -> Any:
-    converted: Any = None
-    if flag.kind is bool:
-        converted = value if isinstance(value, bool) else None
-    elif flag.kind is str:
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
-            converted = str(value)
-    elif isinstance(value, float) and not math.isfinite(value):
-        converted = None
-    else:
-        converted = _convert_number(flag.kind, value)
-        if converted is not None and not math.isfinite(converted):
-            converted = None
+    converted = _read(flag.kind, value)
     if converted is None:
         expected = _KIND_NAMES[flag.kind]
         raise UsageError(f"{where}: expected {expected}, found {_shown(value)}")
@@ -153,10 +149,17 @@ def _convert_scalar(flag: Flag, value: Any, where: str) -> Any:
     return converted
 
 
+def _number_with_exponent(value: Any) -> Any:
+    """YAML 1.1 takes 1e-8 for a string, since it has no point; nobody means that."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
 def _convert_dict(value: Any, where: str) -> dict[str, Any]:
     """Read keyword arguments from a mapping, or from strings "name=value"."""
     if isinstance(value, Mapping):
-        return {str(key): item for key, item in value.items()}
+        return {str(key): _number_with_exponent(item) for key, item in value.items()}
     if not isinstance(value, list):
         raise UsageError(f"{where}: expected name=value pairs, found {_shown(value)}")
     result: dict[str, Any] = {}
@@ -184,7 +187,7 @@ def convert(flag: Flag, value: Any, where: str) -> Any:
         UsageError: The value is of the wrong type or length, no valid choice, or out of range.
     """
     if value is None:
-        return flag.default
+        return flag.fresh_default()
     if flag.kind is dict:
         return _convert_dict(value, where)
     if flag.nargs == "?" and isinstance(value, bool):

@@ -15,7 +15,7 @@ import yaml
 
 from .checks import check_train_values, check_validate_values
 from .errors import UsageError, closest
-from .flags import Flag, FlagTable, all_flags, convert, flags_by_key, parse_command_line
+from .flags import FlagTable, all_flags, convert, flags_by_key, parse_command_line
 from .flags_train import TRAIN_FLAGS
 from .flags_validate import VALIDATE_FLAGS
 
@@ -108,19 +108,13 @@ def _merge(
         layers: Label of a layer ("" for the command line, else its file) and its values.
     """
     flags = flags_by_key(table)
-    args = Namespace(**{key: _copied(flag) for key, flag in flags.items()})
+    args = Namespace(**{key: flag.fresh_default() for key, flag in flags.items()})
     origins = {key: flag.long for key, flag in flags.items()}
     for label, values in layers:
         for key, value in values.items():
             setattr(args, key, value)
             origins[key] = f"{label}: key '{key}'" if label else flags[key].long
     return args, origins
-
-
-def _copied(flag: Flag) -> Any:
-    """A flag's default; lists and dicts as copies, so that no run changes another's."""
-    default = flag.default
-    return type(default)(default) if isinstance(default, list | dict) else default
 
 
 def _fold_data(args: Namespace, origins: Mapping[str, str]) -> None:

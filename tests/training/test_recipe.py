@@ -163,14 +163,16 @@ def test_yaml_types(tmp_path):
         tmp_path / "r.yaml",
         "lr: '3e-4'\nepochs: '10'\nmean: ['0.5', 0.4, 1]\ninput_size: [3, 32, 32]\nexperiment: 5\n"
         "torchcompile: true\namp: yes\ndrop_path: null\nmodel_kwargs: {act_layer: relu}\n"
-        "save_epochs: [4, 8]\nstop_epoch:\n",
+        "save_epochs: [4, 8]\nstop_epoch:\ndecay_milestones: null\nopt: adam\n"
+        "opt_kwargs: {weight_decay: 1e-8}\nbatch_size: 16.0\n",
     )
     args = train("-c", recipe)
     assert args.lr == 3e-4 and args.epochs == 10 and args.mean == [0.5, 0.4, 1.0]
     assert args.input_size == [3, 32, 32] and args.experiment == "5" and args.amp is True
     assert args.torchcompile == "inductor" and args.drop_path is None
     assert args.model_kwargs == {"act_layer": "relu"} and args.save_epochs == [4, 8]
-    assert args.stop_epoch is None
+    assert args.stop_epoch is None and args.decay_milestones == [90, 180, 270]
+    assert args.opt_kwargs == {"weight_decay": 1e-8} and args.batch_size == 16
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,8 @@ def test_yaml_types(tmp_path):
         ("lr: fast", ["key 'lr'", "a number", "'fast'"]),
         ("lr: true", ["key 'lr'", "a number", "true"]),
         ("lr: .nan", ["key 'lr'", "a number"]),
+        ("lr: '1e999'", ["key 'lr'", "a number"]),
+        ("epochs: .inf", ["key 'epochs'", "a whole number"]),
         ("lr: 1\nlr: 2", ["line 2", "'lr' is there twice"]),
         ("batch_size: 1\nbatch-size: 2", ["'batch-size' is there twice"]),
         ("epochs: 1.5", ["key 'epochs'", "a whole number", "1.5"]),
