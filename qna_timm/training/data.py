@@ -198,7 +198,16 @@ def _open_reader(args: argparse.Namespace, split: str, is_training: bool) -> Dat
     module, packages = _READER_MODULES[_prefix(args.dataset)]
     if importlib.util.find_spec(module) is None:
         raise UsageError(f"--dataset {args.dataset} needs {module}: pip install {packages}")
-    return _create(args, split, is_training)
+    dataset = _create(args, split, is_training)
+    if not isinstance(dataset, IterableDataset) and len(dataset):
+        try:
+            dataset[0]  # the readers look at their keys only now
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(
+                f"--input-key {args.input_key}, --target-key {args.target_key}: cannot read a "
+                f"sample of {args.dataset}: {type(error).__name__} {error}"
+            ) from error
+    return dataset
 
 
 def _limited(dataset: Dataset, num_samples: int | None) -> Dataset:
