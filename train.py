@@ -72,12 +72,16 @@ def read_settings(argv: Sequence[str]) -> tuple[argparse.Namespace, bool]:
     A run resumed by its folder brings its settings along: the command line goes before them.
     """
     args = parse_train_args(argv, QUICKSTART)
-    in_place = "experiment" not in args.given and "output" not in args.given
-    if args.resume and args.resume != "auto" and not args.config:
-        saved = resume.find_state(args.resume).parent / report.ARGS_NAME
-        if saved.is_file():
-            args = parse_train_args(["--config", str(saved), *argv], QUICKSTART)
-    return args, in_place
+    if not args.resume or args.resume == "auto":
+        return args, False
+    folder = resume.find_state(args.resume).parent
+    in_place = report.goes_on_in(folder, args.given)
+    if args.config or not (folder / report.ARGS_NAME).is_file():
+        return args, in_place
+    saved = parse_train_args(["--config", str(folder / report.ARGS_NAME), *argv], QUICKSTART)
+    if not in_place:
+        saved.output, saved.experiment = args.output, args.experiment
+    return saved, in_place
 
 
 def train(

@@ -33,6 +33,20 @@ LOG_NAME = "train.log"
 _logger = logging.getLogger(__name__)
 
 
+def goes_on_in(folder: Path, given: Mapping[str, Any]) -> bool:
+    """Whether a run resumed from `folder` goes on in it, or the command line names another.
+
+    Args:
+        folder: Where the state to resume is.
+        given: Settings given on the command line.
+    """
+    if not (folder / ARGS_NAME).is_file():
+        return False
+    folder = folder.resolve()
+    output = Path(given.get("output", folder.parent))
+    return (output / given.get("experiment", folder.name)).resolve() == folder
+
+
 def plan_run(
     args: argparse.Namespace, image_size: Sequence[int], resumed_in_place: bool
 ) -> tuple[Path, Path | None]:
@@ -53,9 +67,8 @@ def plan_run(
     folder = Path(args.output) / args.experiment
     if args.resume and args.resume != "auto":
         state = find_state(args.resume)
-        if resumed_in_place and (state.parent / ARGS_NAME).is_file():
-            return state.parent, state
-        return _new_folder(args, image_size), state
+        folder = state.parent if resumed_in_place else _new_folder(args, image_size)
+        return folder, state
     if args.resume == "auto":
         state = folder / STATE_NAME
         if state.is_file():

@@ -99,9 +99,6 @@ def load_state(path: Path) -> dict[str, Any]:
         UsageError: `path` is not a whole state file.
     """
     header = read_header(path)
-    if STATE_KEY not in header:
-        hint = "--resume takes the run folder or its last.state.safetensors"
-        raise UsageError(f"--resume {path}: weights without the state of a run; {hint}")
     try:
         return unpack(json.loads(header[STATE_KEY]), load_file(path))
     except (SafetensorError, AttributeError, KeyError, ValueError, OSError) as error:
@@ -112,7 +109,7 @@ def find_state(resume: str) -> Path:
     """The state file that ``--resume`` names, a file or a run folder.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is none, or it is another kind of file.
     """
     path = Path(resume)
     state = path / STATE_NAME if path.is_dir() else path
@@ -124,6 +121,9 @@ def find_state(resume: str) -> Path:
             f"--resume {resume}: not a state file of this train.py (*{STATE_SUFFIX});"
             " --initial-checkpoint starts from the weights of others"
         )
+    if STATE_KEY not in read_header(state):
+        hint = f"--resume takes the run folder or its {STATE_NAME}"
+        raise UsageError(f"--resume {resume}: weights without the state of a run; {hint}")
     return state
 
 
