@@ -7,9 +7,10 @@ venv=$(realpath -m "${QNA_TIMM_VENV:-.venv}")
 extras=${QNA_TIMM_EXTRAS:-dev}
 PYTHON=$venv/bin/python
 
-# the installation is good while the files that describe it, and the folder, are the same
-stamp=$(cat setup.cfg pyproject.toml <(echo "$extras $PWD") | cksum)
-if [ ! -x "$PYTHON" ] || [ "$(cat "$venv/.qna_timm" 2>/dev/null)" != "$stamp" ]; then
+# The installation is good while the files that describe it, and their folder, are the same;
+# 'dev' holds the other extras.
+stamp=$(cat setup.cfg pyproject.toml <(realpath setup.cfg) | cksum)
+if [ ! -x "$PYTHON" ] || ! grep -qsx -e "$stamp $extras" -e "$stamp dev" "$venv/.qna_timm"; then
     base=${QNA_TIMM_PYTHON:-}
     if [ -z "$base" ]; then
         for name in python3 python3.13 python3.12 python3.11 python3.10; do
@@ -27,6 +28,6 @@ if [ ! -x "$PYTHON" ] || [ "$(cat "$venv/.qna_timm" 2>/dev/null)" != "$stamp" ];
     echo "installing qna_timm[$extras] into $venv (once; downloads PyTorch)"
     [ -x "$PYTHON" ] || "$base" -m venv "$venv"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
-    echo "$stamp" >"$venv/.qna_timm"
+    echo "$stamp $extras" >"$venv/.qna_timm"
 fi
 export PYTHON PATH="$venv/bin:$PATH"

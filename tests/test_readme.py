@@ -1,0 +1,94 @@
+"""README's examples, run as they stand; training runs are cut short by flags put after theirs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from golden import flax_params, info
+from PIL import Image
+from safetensors.torch import save_file
+from test_convert import write_flax
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHORT = "--epochs 1 --warmup-epochs 0 --max-steps 2 --batch-size 8 --workers 0"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+
+
+def commands() -> list[str]:
+    """Shell lines, but for the check that runs these tests."""
+    lines = [
+        line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()
+    ]
+    return [line for line in lines if line and line != "bash scripts/test.sh"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the repository, with the files that the examples name."""
+    folder = tmp_path_factory.mktemp("readme")
+    for path in ROOT.iterdir():
+        if path.name not in (".git", ".venv", "output", "tests"):
+            (folder / path.name).symlink_to(path)
+    for split, count in (("train", 6), ("val", 2)):
+        for label, shade in (("cat", 40), ("dog", 200)):
+            (folder / "photos" / split / label).mkdir(parents=True)
+            for i in range(count):
+                image = Image.new("RGB", (40, 30), (shade, shade + i, 90))
+                image.save(folder / "photos" / split / label / f"{i}.jpg")
+    shapes = info()["spec_qna_vit_tiny"]["params"]
+    write_flax(folder / "checkpoint_375300", flax_params(shapes))
+    return folder
+
+
+def test_python_examples(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as a reader would."""
+    monkeypatch.chdir(workplace)
+    if not Path("qna_vit_tiny.safetensors").exists():
+        save_file(timm.create_model("qna_vit_tiny").state_dict(), "qna_vit_tiny.safetensors")
+    space: dict = {}
+    with torch.no_grad():
+        for block in blocks("python"):
+            exec(compile(block, "README.md", "exec"), space)
+    assert space["logits"].shape == (1, 10) and space["out"].shape == (2, 30, 41, 64)
+    assert [m.shape[1] for m in space["maps"]] == [64, 128, 256, 512]
+    assert Path("qna_vit_tiny.pt2").stat().st_size > 1_000_000
+
+
+@pytest.mark.timeout(900)
+def test_shell_examples(workplace: Path) -> None:
+    """Conversion first, since a file it writes is fine-tuned; the rest in README's order."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "QNA_TIMM_VENV": sys.prefix,
+        "OMP_NUM_THREADS": "1",
+    }
+    lines = sorted(commands(), key=lambda line: "convert_checkpoint" not in line)
+    assert len(lines) >= 8
+    for line in lines:
+        words = shlex.split(line)
+        if "train.py" in line or "quickstart" in line:
+            words += shlex.split(SHORT)
+        done = subprocess.run(
+            words, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+    assert (workplace / "output/train/photos/best.safetensors").is_file()
+    assert (workplace / "confusion.png").is_file() and (workplace / "results.csv").is_file()
+
+
+def test_every_file_that_readme_names_exists() -> None:
+    for name in re.findall(r"`([\w./]+\.(?:py|sh|yaml|md))`", README):
+        assert any(
+            (base / name).is_file() for base in (ROOT, ROOT / "qna_timm", *ROOT.glob("qna_timm/*"))
+        ), name
