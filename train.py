@@ -60,8 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes = join_processes(args.device)
     try:
         with RunLog(processes.is_primary) as log, StopSignals() as signals:
-            run = set_up(args, processes)
-            return train(run, command, in_place, log, signals)
+            try:
+                run = set_up(args, processes)
+                return train(run, command, in_place, log, signals)
+            except Stopped as stopped:
+                _logger.warning("stopped by %s", stopped)
+                return stopped.exit_code
     finally:
         leave_processes()
 
@@ -117,11 +121,11 @@ def train(
                 save(run, epoch, saver, rows)
             if trackers is not None:
                 trackers.log(rows[-1])
-    except Stopped as stopped:
+    except Stopped:
         done = rows[-1]["epoch"] + 1 if rows else 0
-        advice = f"--resume {folder} goes on" if done else "nothing is saved yet"
-        _logger.warning("stopped by %s after %d whole epochs: %s", stopped, done, advice)
-        return stopped.exit_code
+        advice = f": --resume {folder} goes on from there" if done else ""
+        _logger.warning("%d whole epochs are saved%s", done, advice)
+        raise
     finally:
         if trackers is not None:
             trackers.close()

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -235,7 +236,9 @@ def check_forward(model: nn.Module, data_config: Mapping[str, Any], num_classes:
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         shape = " x ".join(map(str, size))
-        raise UsageError(f"--img-size: the model cannot take {shape} images: {reason}") from error
+        raise UsageError(
+            f"--model, --img-size: the model cannot take {shape} images: {reason}"
+        ) from error
     finally:
         model.train(was_training)
     logits = output[0] if isinstance(output, (tuple, list)) else output
@@ -252,7 +255,7 @@ def describe(
     """The checkpoints' metadata; `qna_timm.training.checkpoint` lists the keys."""
     model_args = get_model_args(model)
     dataset_keys = (
-        "dataset", "data_dir", "train_split", "val_split", "class_map", "input_img_mode",
+        "dataset", "train_split", "val_split", "class_map", "input_img_mode",
         "input_key", "target_key", "val_num_samples",
     )  # fmt: skip
     return {
@@ -263,5 +266,8 @@ def describe(
         "img_size": list(data_config["input_size"][1:]),
         "data_config": data_config,
         "class_names": class_names,
-        "dataset": {key: getattr(args, key) for key in dataset_keys},
+        "dataset": {
+            **{key: getattr(args, key) for key in dataset_keys},
+            "data_dir": args.data_dir and os.path.abspath(args.data_dir),
+        },
     }

@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import Dataset
@@ -57,6 +58,10 @@ def set_up(args: argparse.Namespace, processes: Processes) -> Run:
         UsageError: Settings, files or data are at fault.
     """
     report.check_trackers(args)
+    if processes.device.type == "cuda":
+        # As timm's script: one input size, so the search pays; TF32 for what float32 is left.
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
     train_set, eval_set = open_datasets(args)
     classes, class_names = choose_classes(args, train_set)
     # One seed for the weights, so that all processes start from the same; then one for each.

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,44 @@ def test_trackers_write_tensorboard(tmp_path: Path) -> None:
     events.Reload()
     assert [event.value for event in events.Scalars("train/loss")] == [2.0, 1.5]
     assert [event.step for event in events.Scalars("eval/top1")] == [1]
+
+
+def test_trackers_log_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in: the service needs an account."""
+    logged: list = []
+    run = SimpleNamespace(log=logged.append, finish=lambda: logged.append("finished"))
+    started: dict = {}
+    wandb = SimpleNamespace(init=lambda **kwargs: started.update(kwargs) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    args = settings("--log-wandb", "--wandb-project", "p", "--wandb-tags", "a", "b")
+    report.check_trackers(args)
+    trackers = report.Trackers(args, tmp_path / "name", {"lr": 0.1}, 0)
+    trackers.log(ROWS[1])
+    trackers.close()
+    assert started == {"project": "p", "name": "name", "config": {"lr": 0.1}, "tags": ["a", "b"]}
+    assert logged == [ROWS[1], "finished"]
+    report.Trackers(settings("--log-wandb", "--wandb-resume-id", "i"), tmp_path, {}, 0)
+    assert started["id"] == "i" and started["resume"] == "must"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, True),
+        ({"experiment": "run"}, True),
+        ({"experiment": "other"}, False),
+        ({"output": "{output}"}, True),
+        ({"output": "{output}", "experiment": "run"}, True),
+        ({"output": "elsewhere"}, False),
+    ],
+)
+def test_resumed_run_goes_on_in_its_folder(tmp_path: Path, given: dict, expected: bool) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    given = {key: value.format(output=tmp_path) for key, value in given.items()}
+    assert not report.goes_on_in(folder, given), "not a run folder"
+    (folder / "args.yaml").touch()
+    assert report.goes_on_in(folder, given) is expected
 
 
 def test_missing_trackers_name_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from qna_timm.training import loop
+from qna_timm.training import loaders, loop, setup
 from qna_timm.training.checkpoint import load_weights, read_metadata, read_weights
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
@@ -317,7 +317,7 @@ RESUMED = {
     "augmented": "--model test_resnet --mixup 0.8 --cutmix 1 --aa rand-m5 --reprob 0.3 --model-ema"
     " --model-ema-warmup --grad-accum-steps 2 --clip-grad 1",
     "dropping": "--drop-path 0.2 --drop 0.1 --sched-on-updates --opt lookahead_lamb",
-    "half": "--amp --model-ema --model-ema-decay 0.9 --max-steps 1 -b 8",
+    "half": "--amp --model-ema --model-ema-decay 0.9 --max-steps 1 --val-num-samples 16",
     "plateau": "--sched plateau --patience-epochs 0 --warmup-epochs 0 --momentum 0.9 --opt sgd",
 }
 
@@ -368,6 +368,20 @@ def test_resume_by_folder_brings_its_settings(
     train.main([*argv, "--no-resume-opt", "--opt", "sgd"])
     assert [row["epoch"] for row in summary(tmp_path / "b")] == ["0", "1", "2"]
     assert len(summary(folder)) == 2
+
+
+def test_mixing_in_the_loader(
+    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs, where timm's prefetcher collates and mixes."""
+    for module in (loaders, setup):
+        monkeypatch.setattr(module, "uses_prefetcher", lambda *_: True)
+    argv = digits(tmp_path, "--mixup", "0.8", "--mixup-off-epoch", "1", "--reprob", "0.2")
+    train.main([*argv, "--experiment", "straight"])
+    train.main([*argv, "--experiment", "stopped", "--stop-epoch", "1"])
+    train.main([*argv, "--experiment", "stopped", "--resume", "auto", "-j", "1"])
+    texts = [(tmp_path / name / "summary.csv").read_text() for name in ("straight", "stopped")]
+    assert texts[0] == texts[1]
 
 
 def test_resume_auto_of_nothing_starts_afresh(
@@ -551,7 +565,8 @@ def test_signal_ends_the_run_after_the_last_save(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
     epochs = load_state(state)["epochs_done"]
-    assert f"stopped by SIGTERM after {epochs} whole epochs: --resume {state.parent}" in errors
+    assert f"{epochs} whole epochs are saved: --resume {state.parent}" in errors
+    assert errors.endswith("warning: stopped by SIGTERM\n")
     assert "Traceback" not in errors
     assert len(summary(state.parent)) == epochs
     assert not [path.name for path in state.parent.iterdir() if path.name.endswith(".tmp")]
@@ -572,6 +587,14 @@ def test_interrupt_ends_the_run(
     assert len(summary(tmp_path / "a")) == 1
     assert load_state(tmp_path / "a" / "last.state.safetensors")["epochs_done"] == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
+
+
+def test_signal_before_the_first_epoch(
+    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "set_up", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert train.main(digits(tmp_path / "out")) == 143
+    assert not (tmp_path / "out").exists()
 
 
 def test_signal_waits_for_a_save() -> None:
