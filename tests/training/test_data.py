@@ -312,7 +312,8 @@ class TestFolders:
         args = parse_validate_args(["--data-dir", str(flat), "--split", "test", "--device", "cpu"])
         with pytest.raises(UsageError, match="--split 'test'"):
             data.open_dataset(args, args.split, False)
-        args = parse_validate_args(["--data-dir", str(root / "val"), "--device", "cpu"])
+        flags = ["--data-dir", str(root / "val"), "--split", "validation"]
+        args = parse_validate_args([*flags, "--device", "cpu"])
         assert len(data.open_dataset(args, args.split, False)) == 5  # named like its split
 
     def test_empty_and_unsorted_folders(self, root: Path) -> None:
