@@ -61,10 +61,13 @@ class StopSignals:
                 raise Stopped(signum)
 
     def _handle_in_worker(self, signum: int) -> None:
-        """In a forked loader worker: Ctrl-C reaches it too, but its parent will end it."""
+        """In a forked loader worker, which Ctrl-C and torchrun reach too.
+
+        Its parent ends it in order, so the first signal is ignored; a second one, from a parent
+        that has waited in vain, does its work.
+        """
         if signum == signal.SIGTERM:
             signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
 
     @contextmanager
     def held(self) -> Iterator[None]:
