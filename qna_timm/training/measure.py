@@ -144,14 +144,36 @@ def _evaluate(
 def _warm_up(
     model: nn.Module, loader: ImageLoader, settings: argparse.Namespace, precision: Precision
 ) -> None:
-    """One step on nothing, so that compilation and kernel selection are not in the rate."""
+    """One step on nothing, so that compilation and kernel selection are not in the rate.
+
+    Raises:
+        UsageError: the model refuses the input size that was asked for.
+    """
     plain_cpu = loader.device.type == "cpu" and not settings.torchcompile
-    size = 1 if plain_cpu else loader.batch_size
+    images = len(loader.dataset) if not isinstance(loader.dataset, IterableDataset) else None
+    size = 1 if plain_cpu else min(loader.batch_size, images or loader.batch_size)
     inputs = torch.zeros(size, *loader.input_size, device=loader.device, dtype=loader.img_dtype)
     if settings.channels_last:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-    with precision.autocast():
-        model(inputs)
+    try:
+        with precision.autocast():
+            model(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if settings.img_size is None and settings.input_size is None:
+            raise
+        shape = "x".join(map(str, loader.input_size))
+        reason = str(error).strip().splitlines()[-1]
+        raise UsageError(f"--model {settings.model} cannot take {shape} input: {reason}") from error
+
+
+def _file_names(dataset: Dataset) -> list[str]:
+    """Base names of a dataset's files in loader order."""
+    try:
+        return dataset.filenames(basename=True)
+    except (AttributeError, AssertionError) as error:
+        raise UsageError("--real-labels needs ImageNet's images in a folder or archive") from error
 
 
 class _Counts:
@@ -176,10 +198,7 @@ class _Counts:
             )
             self.observers.append(self.classes)
         if settings.real_labels:
-            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "filenames"):
-                raise UsageError("--real-labels needs ImageNet's images in a folder or archive")
-            names = dataset.filenames(basename=True)
-            self.real_labels = RealLabels(names, settings.real_labels)
+            self.real_labels = RealLabels(_file_names(dataset), settings.real_labels)
             self.observers.append(self.real_labels)
 
     def finish(

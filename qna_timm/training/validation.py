@@ -90,6 +90,8 @@ def settings_for(
     settings.checkpoint = candidate.checkpoint
     if candidate.checkpoint:
         path = find_weights(candidate.checkpoint, args.use_ema)
+        if path.name.endswith(STATE_SUFFIX):
+            raise UsageError(f"--checkpoint {path} is for train.py --resume; name the run folder")
         if args.use_ema and path.suffix == ".safetensors" and not path.stem.endswith("_ema"):
             _logger.warning("--use-ema: there are no averaged weights beside %s", path)
         settings.checkpoint = str(path)
@@ -107,6 +109,11 @@ def settings_for(
         settings.num_classes = metadata.get("num_classes")
     if "in_chans" not in given and "input_size" not in given:
         settings.in_chans = metadata.get("in_chans")
+    channels = settings.input_size[0] if settings.input_size else settings.in_chans
+    if channels not in (None, trained_channels := metadata.get("in_chans", channels)):
+        raise UsageError(
+            f"--in-chans {channels}: the model of {path} takes {trained_channels} channels"
+        )
     settings.model_kwargs = {**metadata.get("model_kwargs", {}), **args.model_kwargs}
     preprocessing = metadata.get("data_config", {})
     for key in _PREPROCESSING_KEYS:
