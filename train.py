@@ -16,7 +16,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from qna_timm.training.loop import num_updates
 from qna_timm.training.optim import current_lr
 from qna_timm.training.progress import Progress
 from qna_timm.training.recipe import as_yaml_dict, parse_train_args
+from qna_timm.training.run import Run, set_up, with_views
 from qna_timm.training.saver import EMA, Saver
-from qna_timm.training.setup import Run, set_up, with_views
 from qna_timm.training.signals import Stopped, StopSignals
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
@@ -83,6 +83,9 @@ def read_settings(argv: Sequence[str]) -> tuple[argparse.Namespace, bool]:
     if args.config or not (folder / report.ARGS_NAME).is_file():
         return args, in_place
     saved = parse_train_args(["--config", str(folder / report.ARGS_NAME), *argv], QUICKSTART)
+    # What was meant for the first session only.
+    for key in ("start_epoch", "stop_epoch", "no_resume_opt"):
+        setattr(saved, key, getattr(args, key))
     if not in_place:
         saved.output, saved.experiment = args.output, args.experiment
     return saved, in_place
@@ -103,17 +106,21 @@ def train(
         keep=args.checkpoint_hist,
         milestones=args.save_epochs,
     )
-    start, rows = find_start(run, state_path, saver)
+    state = None if state_path is None else resume.load_state(state_path)
+    start, rows = find_start(run, state, state_path)
     stop = min(args.stop_epoch or run.epochs, run.epochs)
     decide_on_primary(processes, lambda: report.make_folder(folder))
     trackers = None
     if processes.is_primary:
         log.to_file(folder / report.LOG_NAME)
         _logger.info("run folder %s", folder)
+        if state is not None and state["args"]["eval_metric"] == args.eval_metric:
+            saver.adopt(state["saver"], state_path.parent)
         report.write_args(folder, as_yaml_dict(args))
         report.write_environment(folder, report.environment(processes, command))
         trackers = report.Trackers(args, folder, as_yaml_dict(args), start)
         run.trainer.image_folder = folder if args.save_images else None
+        run.draws = curves.can_draw()
     try:
         for epoch in range(start, stop):
             rows.append(train_and_evaluate(run, epoch, last=epoch + 1 == stop))
@@ -134,16 +141,15 @@ def train(
     return 0
 
 
-def find_start(run: Run, state_path: Path | None, saver: Saver) -> tuple[int, list[dict[str, Any]]]:
+def find_start(
+    run: Run, state: Mapping[str, Any] | None, state_path: Path | None
+) -> tuple[int, list[dict[str, Any]]]:
     """Put a saved state in place, if there is one; the first epoch to train and the rows so far."""
     args, schedule = run.args, run.trainer.schedule
     start, rows = 0, []
-    if state_path is not None:
-        state = resume.load_state(state_path)
+    if state is not None:
         resume.restore(run.trainer, state, state_path, with_optimizer=not args.no_resume_opt)
         start, rows = state["epochs_done"], list(state["rows"])
-        if saver.metric_name == state["metric_name"]:
-            saver.load_state_dict(state["saver"])
         _logger.info("resumed %s after %d epochs", state_path, start)
     if args.start_epoch is not None:
         start = args.start_epoch
@@ -164,10 +170,10 @@ def train_and_evaluate(run: Run, epoch: int, last: bool) -> dict[str, Any]:
         _logger.warning("epoch %d: the training loss is not a number", epoch + 1)
     task, lr = trainer.task, current_lr(trainer.optimizer)
     if processes.distributed and args.dist_bn and not args.sync_bn:
-        for ema in (False, not args.model_ema_force_cpu):
-            module = task.get_trainable_module(ema=ema)
-            if module is not None:
-                distribute_bn(module, processes.world_size, args.dist_bn == "reduce")
+        distribute_bn(task.get_trainable_module(), processes.world_size, args.dist_bn == "reduce")
+        if task.has_ema() and not args.model_ema_force_cpu:
+            ema = task.get_trainable_module(ema=True)
+            distribute_bn(ema, processes.world_size, args.dist_bn == "reduce")
     evaluated: dict[str, float] = {}
     due = (epoch + 1) % args.val_interval == 0 or epoch + 1 in (args.save_epochs or ())
     if due or last:
@@ -214,7 +220,7 @@ def save(run: Run, epoch: int, saver: Saver, rows: list[dict[str, Any]]) -> None
         metrics = {key[5:]: value for key, value in rows[-1].items() if key.startswith("eval_")}
         saver.save(epoch, task.get_trainable_module(), task.get_trainable_module(ema=True), metrics)
         report.write_summary(saver.folder, rows)
-        if curves.can_draw():
+        if run.draws:
             curves.draw_curves(rows, saver.folder / report.CURVES_NAME, saver.folder.name)
     state = resume.collect_state(
         run.trainer,
@@ -222,7 +228,6 @@ def save(run: Run, epoch: int, saver: Saver, rows: list[dict[str, Any]]) -> None
         {
             "rows": rows,
             "saver": saver.state_dict(),
-            "metric_name": saver.metric_name,
             "args": as_yaml_dict(run.args),
             "metadata": run.metadata,
         },

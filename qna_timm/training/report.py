@@ -120,8 +120,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_args(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write the run's settings so that ``--config`` reads them back."""
-    text = yaml.safe_dump(dict(values), sort_keys=True, default_flow_style=False)
+    """Write the run's settings so that ``--config`` reads them back.
+
+    The state that a run was resumed from is left out: read back, the settings start it anew.
+    """
+    values = dict(values)
+    if values["resume"] != "auto":
+        values["resume"] = ""
+    text = yaml.safe_dump(values, sort_keys=True, default_flow_style=False)
     write_text(folder / ARGS_NAME, text)
 
 

@@ -62,9 +62,25 @@ class Saver:
         """What a resumed run has to know."""
         return {"best": self.best, "kept": self.kept}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the best epochs of the run so far."""
-        self.best, self.kept = dict(state["best"]), list(state["kept"])
+    def adopt(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Take over what `state_dict` said, as far as the files are there.
+
+        Args:
+            state: From the run that is resumed.
+            folder: Its folder; if it is not ours, its best weights are copied into ours.
+        """
+        for kind, best in state["best"].items():
+            own, other = self._file("best", kind), folder / self._file("best", kind).name
+            if not own.is_file() and other.is_file():
+                with replacing(own) as temporary:
+                    shutil.copyfile(other, temporary)
+            if own.is_file():
+                self.best[kind] = best
+        self.kept = [
+            entry
+            for entry in state["kept"]
+            if self._file(f"checkpoint-{entry['epoch']}", "").is_file()
+        ]
 
     def save(
         self, epoch: int, model: nn.Module, ema: nn.Module | None, metrics: Mapping[str, float]

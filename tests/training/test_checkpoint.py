@@ -300,12 +300,17 @@ def test_saver_keeps_what_it_says(tmp_path: Path) -> None:
         assert same_weights(model, make(seed)), name
         assert metadata["epoch"] == seed % 100 and metadata["ema"] == name.endswith("_ema")
     assert saver.best_kind() == "" and saver.best_file().name == "best.safetensors"
-    again = Saver(tmp_path, METADATA, metric_name="top1", keep=2)
-    again.load_state_dict(json.loads(json.dumps(saver.state_dict())))
-    again.save(5, make(5), None, {"top1": 69.0})
-    model = make(999)
-    load_weights(model, tmp_path / "best.safetensors")
-    assert same_weights(model, make(1)), "a worse epoch after a resume must not become the best"
+    state = json.loads(json.dumps(saver.state_dict()))
+    (tmp_path / "new").mkdir()
+    for folder in (tmp_path, tmp_path / "new"):
+        again = Saver(folder, METADATA, metric_name="top1", keep=2)
+        again.adopt(state, tmp_path)
+        again.save(5, make(5), None, {"top1": 69.0})
+        model = make(999)
+        load_weights(model, folder / "best.safetensors")
+        assert same_weights(model, make(1)), "a worse epoch after a resume must not be the best"
+    assert not (tmp_path / "checkpoint-5.safetensors").exists()
+    assert (tmp_path / "new" / "checkpoint-5.safetensors").exists()
 
 
 def test_saver_minimises_the_loss(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_curves_are_a_picture(tmp_path: Path, rows: list) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
 
 
-def test_no_matplotlib_is_said_once_per_run(
+def test_no_matplotlib_names_what_to_install(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)

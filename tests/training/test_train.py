@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from qna_timm.training import loaders, loop, setup
+from qna_timm.training import loaders, loop, run
 from qna_timm.training.checkpoint import load_weights, read_metadata, read_weights
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
@@ -360,13 +360,15 @@ def test_resume_by_folder_brings_its_settings(
     assert [row["epoch"] for row in rows] == ["0", "1"]
     # 5e-4 cosine after one of three epochs
     assert float(rows[1]["lr"]) == pytest.approx(5e-4 * 0.75)
-    assert yaml.safe_load((folder / "args.yaml").read_text())["model"] == "test_vit"
+    saved = yaml.safe_load((folder / "args.yaml").read_text())
+    assert saved["model"] == "test_vit" and saved["resume"] == "" and saved["experiment"] == "a"
     assert read_metadata(folder / "checkpoint-0.safetensors") == before
     # from its state file into a new folder, without the optimizer
     state = str(folder / "last.state.safetensors")
-    argv = ["--resume", state, "--output", str(tmp_path), "--experiment", "b", "--stop-epoch", "3"]
+    argv = ["--resume", state, "--output", str(tmp_path), "--experiment", "b"]
     train.main([*argv, "--no-resume-opt", "--opt", "sgd"])
     assert [row["epoch"] for row in summary(tmp_path / "b")] == ["0", "1", "2"]
+    assert (tmp_path / "b" / "best.safetensors").is_file()
     assert len(summary(folder)) == 2
 
 
@@ -374,7 +376,7 @@ def test_mixing_in_the_loader(
     train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on GPUs, where timm's prefetcher collates and mixes."""
-    for module in (loaders, setup):
+    for module in (loaders, run):
         monkeypatch.setattr(module, "uses_prefetcher", lambda *_: True)
     argv = digits(tmp_path, "--mixup", "0.8", "--mixup-off-epoch", "1", "--reprob", "0.2")
     train.main([*argv, "--experiment", "straight"])

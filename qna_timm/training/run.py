@@ -40,6 +40,7 @@ class Run:
         eval_loader: Validation images.
         epochs: Epochs of the schedule.
         metadata: What the checkpoints say about the run.
+        draws: Whether the run's curves are drawn.
     """
 
     args: argparse.Namespace
@@ -49,6 +50,7 @@ class Run:
     eval_loader: ImageLoader
     epochs: int
     metadata: dict[str, Any]
+    draws: bool = False
 
 
 def set_up(args: argparse.Namespace, processes: Processes) -> Run:
