@@ -20,12 +20,11 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .digits import Digits
 from .errors import UsageError, closest
+from .image_loader import ImageLoader, process_place
 from .loaders import (
-    ImageLoader,
     create_eval_loader,
     create_train_loader,
     default_image_mode,
-    process_place,
     set_epoch,
     uses_prefetcher,
 )

@@ -9,7 +9,7 @@ from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .loaders import ImageLoader, process_place
+from .image_loader import ImageLoader, process_place
 from .progress import Progress
 from .views import class_names_of
 
@@ -36,6 +36,12 @@ def _check_labels(target: Tensor, num_classes: int) -> None:
             f"the data has the label {high}, but the model only {num_classes} classes "
             f"(--num-classes {high + 1} or more)"
         )
+
+
+def _so_far(evaluator: ClassificationEvaluator) -> dict[str, Tensor]:
+    """This process's loss and top-1, left on the device: only shown steps need to wait for them."""
+    seen = evaluator.counts[0].clamp(min=1)
+    return {"loss": evaluator.loss_sum / seen, "top1": 100 * evaluator.counts[1] / seen}
 
 
 @torch.no_grad()
@@ -73,7 +79,7 @@ def evaluate(
         UsageError: a label that the model has no class for.
     """
     evaluator = ClassificationEvaluator(device, criterion=criterion)
-    observers = list(observers)
+    watching = [evaluator, *observers]
     world_size = process_place()[1]
     remaining = evaluation_sample_limit(loader)
     # Looking at labels makes an accelerator wait, so datasets that name their classes are
@@ -95,15 +101,9 @@ def evaluate(
         if len(target):
             if always_check or step == 0:
                 _check_labels(target, logits.shape[1])
-            evaluator.update(logits, target)
-            for observer in observers:
+            for observer in watching:
                 observer.update(logits.float(), target)
         if progress is not None:
-            seen = evaluator.counts[0].clamp(min=1)
-            progress.update(
-                len(inputs) * world_size,
-                loss=evaluator.loss_sum / seen,
-                top1=100 * evaluator.counts[1] / seen,
-            )
+            progress.update(len(inputs) * world_size, **_so_far(evaluator))
     model.train(was_training)
     return dict(evaluator.compute(distributed=world_size > 1))

@@ -1,20 +1,19 @@
 """Loaders: timm's transforms, collation and prefetching around our reproducible order."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from PIL import ImageMode
 from timm.data import AugMixDataset, create_loader
 from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
 from timm.data.random_erasing import RandomErasing
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .collate import SplitCollate
 from .errors import UsageError
+from .image_loader import ImageLoader, process_place
 from .sampling import EpochSampler, KeyedCollate, KeyedDataset
 
 _PREFETCH_DEVICES = ("cuda", "npu")
@@ -25,102 +24,6 @@ _SHARDED_READERS = ("tfds/", "wds/")
 def uses_prefetcher(args: argparse.Namespace, device: torch.device) -> bool:
     """Whether batches are normalised, erased and (with `FastCollateMixup`) mixed by the loader."""
     return not args.no_prefetcher and device.type in _PREFETCH_DEVICES
-
-
-def process_place() -> tuple[int, int]:
-    """This process's (rank, world_size); (0, 1) without torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-class ImageLoader:
-    """Yields (input [B, C, H, W], target) on the device from one of timm's loaders.
-
-    Args:
-        loader: `DataLoader` or `PrefetchLoader`.
-        device: Where batches go.
-        img_dtype: Type of the input.
-        input_size: [C, H, W] of the input.
-        mixes: Whether the collate function mixes samples (`FastCollateMixup`).
-    """
-
-    def __init__(
-        self,
-        loader: DataLoader | PrefetchLoader,
-        device: torch.device,
-        img_dtype: torch.dtype,
-        input_size: Sequence[int],
-        mixes: bool = False,
-    ) -> None:
-        self.loader = loader
-        self.device = device
-        self.img_dtype = img_dtype
-        self.input_size = tuple(input_size)
-        self._mixes = mixes
-        self._left_early = False
-
-    @property
-    def _inner(self) -> DataLoader:
-        return self.loader.loader if isinstance(self.loader, PrefetchLoader) else self.loader
-
-    @property
-    def sampler(self) -> Sampler | None:
-        """The sampler, or None for iterable datasets (torch puts a placeholder there)."""
-        return None if isinstance(self.dataset, IterableDataset) else self._inner.sampler
-
-    @property
-    def dataset(self) -> Dataset:
-        """The dataset as it was opened, with its transform set."""
-        dataset = self._inner.dataset
-        return dataset.dataset if isinstance(dataset, KeyedDataset) else dataset
-
-    @property
-    def batch_size(self) -> int:
-        """Images per step of this process."""
-        return self._inner.batch_size
-
-    @property
-    def mixup_enabled(self) -> bool:
-        """Whether the loader mixes samples; setting it takes effect at the next epoch."""
-        return self._mixes and self._mixing_switch.mixup_enabled
-
-    @mixup_enabled.setter
-    def mixup_enabled(self, enabled: bool) -> None:
-        if self._mixes and enabled != self._mixing_switch.mixup_enabled:
-            self._mixing_switch.mixup_enabled = enabled
-            self._forget_prefetched()
-
-    @property
-    def _mixing_switch(self) -> Any:
-        sampler = self._inner.sampler
-        return sampler if isinstance(sampler, EpochSampler) else self._inner.collate_fn
-
-    def _forget_prefetched(self) -> None:
-        """Drops batches that timm's multi-epochs loader has begun to read ahead."""
-        if isinstance(self._inner, MultiEpochsDataLoader):
-            self._inner.iterator = None
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose samples the next iteration gives."""
-        if self._left_early:
-            self._forget_prefetched()
-        self._left_early = False
-        for holder in (self.dataset, self._inner.sampler):
-            if hasattr(holder, "set_epoch"):
-                holder.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self._left_early = True
-        for inputs, target in self.loader:
-            yield (
-                inputs.to(self.device, self.img_dtype, non_blocking=True),
-                target.to(self.device, non_blocking=True),
-            )
-        self._left_early = False
 
 
 def set_epoch(loader: ImageLoader, epoch: int) -> None:
@@ -245,6 +148,56 @@ def _split_kwargs(args: argparse.Namespace, num_aug_splits: int) -> dict[str, An
     return {"collate_fn": SplitCollate(erasing), "re_prob": 0.0}
 
 
+def _epoch_sampler(
+    dataset: Dataset, args: argparse.Namespace, num_aug_splits: int
+) -> EpochSampler | None:
+    """The training order; None for streams, which have their own.
+
+    Raises:
+        UsageError: less than one step, or a flag that streams cannot follow.
+    """
+    if isinstance(dataset, IterableDataset):
+        if args.aug_repeats or num_aug_splits > 1:
+            flag = "--aug-repeats" if args.aug_repeats else "--aug-splits"
+            raise UsageError(f"{flag} needs a dataset with random access, not {args.dataset!r}")
+        return None
+    rank, world_size = process_place()
+    sampler = EpochSampler(
+        len(dataset),
+        args.batch_size,
+        seed=args.seed,
+        rank=rank,
+        world_size=world_size,
+        epoch_repeats=args.epoch_repeats,
+        aug_repeats=args.aug_repeats,
+    )
+    if not sampler.num_steps:
+        step = f"{args.batch_size}"
+        if world_size > 1:
+            step += f" x {world_size} processes = {args.batch_size * world_size} images a step"
+        raise UsageError(
+            f"--batch-size {step} is larger than the training set of {len(dataset)} images; "
+            f"use --batch-size {max(1, len(dataset) // world_size)} or less"
+        )
+    return sampler
+
+
+def _split_kwargs(args: argparse.Namespace, num_aug_splits: int) -> dict[str, Any]:
+    """Collation of split batches and their erasing, for loaders without the prefetcher."""
+    if num_aug_splits < 2 and not args.resplit:
+        return {}
+    erasing = None
+    if args.reprob > 0 and not args.no_aug:
+        erasing = RandomErasing(
+            args.reprob,
+            mode=args.remode,
+            max_count=args.recount,
+            num_splits=(num_aug_splits or 2) if args.resplit else 0,
+            device="cpu",
+        )
+    return {"collate_fn": SplitCollate(erasing), "re_prob": 0.0}
+
+
 def _check_step_fits(sampler: EpochSampler, batch_size: int, world_size: int) -> None:
     if sampler.num_steps:
         return
@@ -279,23 +232,7 @@ def create_train_loader(
     Raises:
         UsageError: one step needs more images than there are, or an augmentation flag is wrong.
     """
-    rank, world_size = process_place()
-    iterable = isinstance(dataset, IterableDataset)
-    sampler = None
-    if not iterable:
-        sampler = EpochSampler(
-            len(dataset),
-            args.batch_size,
-            seed=args.seed,
-            rank=rank,
-            world_size=world_size,
-            epoch_repeats=args.epoch_repeats,
-            aug_repeats=args.aug_repeats,
-        )
-        _check_step_fits(sampler, args.batch_size, world_size)
-    elif args.aug_repeats or num_aug_splits > 1:
-        flag = "--aug-repeats" if args.aug_repeats else "--aug-splits"
-        raise UsageError(f"{flag} needs a dataset with random access, not {args.dataset!r}")
+    sampler = _epoch_sampler(dataset, args, num_aug_splits)
     if num_aug_splits > 1 and not isinstance(dataset, AugMixDataset):
         dataset = AugMixDataset(dataset, num_splits=num_aug_splits)
     _set_image_mode(dataset, args, data_config["input_size"][0])
@@ -328,7 +265,7 @@ def create_train_loader(
     elif mixup_collate is not None:
         # Persistent workers hold copies of the collate function and would never stop mixing.
         changes["persistent_workers"] = False
-    inner = _rebuilt(inner, args.seed + rank, **changes)
+    inner = _rebuilt(inner, args.seed + process_place()[0], **changes)
     if isinstance(loader, PrefetchLoader):
         loader.loader = inner
     else:

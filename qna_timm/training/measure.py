@@ -16,7 +16,7 @@ from .data import create_eval_loader
 from .distributed import Processes
 from .errors import UsageError
 from .evaluation import Observer, evaluate
-from .loaders import ImageLoader
+from .image_loader import ImageLoader
 from .loop import Precision
 from .observers import ClassCounts, ImageCount, RealLabels
 from .progress import Progress
@@ -82,12 +82,7 @@ def measure(
     images = counts.images.total(processes.device)
     row = {
         "model": settings.model,
-        "top1": round(metrics["top1"], 4),
-        "top1_err": round(100 - metrics["top1"], 4),
-        "top5": round(metrics["top5"], 4),
-        "top5_err": round(100 - metrics["top5"], 4),
-        "loss": round(metrics["loss"], 6),
-        **{key: round(metrics[key], 4) for key in metrics if key not in ("loss", "top1", "top5")},
+        **_rounded(metrics),
         "param_count": round(parameters / 1e6, 2),
         "img_size": data_config["input_size"][-1],
         "crop_pct": data_config["crop_pct"],
@@ -98,15 +93,24 @@ def measure(
     }
     _logger.info(
         "%s: top-1 %.3f %%, top-5 %.3f %%, loss %.4f; %d images at %.1f img/s; %d parameters",
-        settings.model,
-        metrics["top1"],
-        metrics["top5"],
-        metrics["loss"],
-        images,
-        row["img_per_s"],
+        *(row[key] for key in ("model", "top1", "top5", "loss", "images", "img_per_s")),
         parameters,
     )
     return row
+
+
+def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics and errors (percent) in the order of timm's results, then the loss."""
+    rest = {key: metrics[key] for key in metrics if key not in ("loss", "top1", "top5")}
+    percent = {
+        "top1": metrics["top1"],
+        "top1_err": 100 - metrics["top1"],
+        "top5": metrics["top5"],
+        "top5_err": 100 - metrics["top5"],
+        **rest,
+    }
+    rounded = {key: round(value, 4) for key, value in percent.items()}
+    return {**rounded, "loss": round(metrics["loss"], 6)}
 
 
 def _evaluate(

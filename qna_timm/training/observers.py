@@ -10,7 +10,7 @@ from timm.data import RealLabelsImagenet
 from torch import Tensor
 
 from .errors import UsageError
-from .loaders import process_place
+from .image_loader import process_place
 
 
 def _sum_processes(tensor: Tensor) -> Tensor:
