@@ -15,8 +15,8 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .data import ImageLoader
 from .distributed import Processes, sum_over_processes
-from .loaders import ImageLoader
 from .optim import current_lr
 from .progress import Progress
 from .task import TrainTask
