@@ -231,7 +231,10 @@ def create_train_loader(
 
     Raises:
         UsageError: one step needs more images than there are, or an augmentation flag is wrong.
+        ValueError: `mixup_collate` without the prefetcher, whose raw bytes it mixes.
     """
+    if mixup_collate is not None and not uses_prefetcher(args, device):
+        raise ValueError("mixup_collate mixes the prefetcher's bytes; mix in the loop instead")
     sampler = _epoch_sampler(dataset, args, num_aug_splits)
     if num_aug_splits > 1 and not isinstance(dataset, AugMixDataset):
         dataset = AugMixDataset(dataset, num_splits=num_aug_splits)

@@ -245,8 +245,12 @@ def data_config_for(
 def open_labelled(
     settings: argparse.Namespace, metadata: Mapping[str, Any]
 ) -> tuple[Dataset, list[str] | None]:
-    """Opens the split with the labels of the checkpoint; also the class names, where known."""
-    trained_names = None if "class_map" in settings.given else metadata.get("class_names")
+    """Opens the split with the labels of the checkpoint; also the class names, where known.
+
+    With --class-map or --valid-labels the user says what the labels mean, as in timm.
+    """
+    user_says = "class_map" in settings.given or settings.valid_labels
+    trained_names = None if user_says else metadata.get("class_names")
     dataset = open_dataset(settings, settings.split, False, class_names=trained_names)
     return dataset, trained_names or dataset_classes(dataset)[1]
 
@@ -293,7 +297,8 @@ def check_classes(
     if found > num_classes:
         raise UsageError(f"the data has {found} classes, but {what} {num_classes}")
     meant = any(key in settings.given for key in ("num_classes", "class_map", "real_labels"))
-    if not meant and not metadata.get("class_names"):
+    named = metadata.get("class_names") and not settings.valid_labels
+    if not meant and not named:
         raise UsageError(
             f"the data has {found} classes, but {what} {num_classes}, so label 0 would mean "
             "another class; give --class-map, --valid-labels, or --num-classes "

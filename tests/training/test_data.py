@@ -369,6 +369,24 @@ class TestOtherKinds:
         with pytest.raises(UsageError, match="--train-split 'trian'"):
             data.open_dataset(args, "trian", True)
 
+    def test_torchvision_images_get_the_models_channels(self, tmp_path: Path) -> None:
+        raw = tmp_path / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for prefix, count in (("train", 3), ("t10k", 2)):
+            pixels = bytes([0x00, 0x00, 0x08, 0x03]) + np.array([count, 28, 28], ">i4").tobytes()
+            labels = bytes([0x00, 0x00, 0x08, 0x01]) + np.array([count], ">i4").tobytes()
+            grey = np.full(count * 28 * 28, 90, np.uint8).tobytes()
+            (raw / f"{prefix}-images-idx3-ubyte").write_bytes(pixels + grey)
+            (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(labels + bytes(range(count)))
+        flags = ("--dataset", "torch/MNIST", "--data-dir", str(tmp_path))
+        train, val = data.open_datasets(train_args(*flags, "--val-split", "test"))
+        assert (len(train), len(val)) == (3, 2)
+        assert train[2][0].getpixel((5, 5)) == (90, 90, 90)
+        assert train[2][1] == 2
+        count, names = data.dataset_classes(train)
+        assert count == 10
+        assert names[3] == "3 - three"
+
     @pytest.mark.parametrize("kind", ["hfds", "tfds", "wds"])
     def test_missing_package(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

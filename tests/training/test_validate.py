@@ -203,6 +203,27 @@ def test_folder_labels_follow_the_checkpoint(
         assert part[label]["images"] == whole[label]["images"]
 
 
+def test_valid_labels_count_positions_in_the_file(
+    script: ModuleType,
+    run_folder: Path,
+    tmp_path: Path,
+    logits: tuple[torch.Tensor, torch.Tensor],
+    capsys: pytest.CaptureFixture,
+) -> None:
+    for index, (image, label) in enumerate(Digits(is_validation=True)):
+        if label in (3, 8):
+            (tmp_path / "data" / str(label)).mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / "data" / str(label) / f"{index}.png")
+    (tmp_path / "labels.txt").write_text("3\n8\n")
+    flags = ["--data-dir", str(tmp_path / "data"), "--valid-labels", str(tmp_path / "labels.txt")]
+    script.main([*COMMON, "--checkpoint", str(run_folder), *flags])
+    scores, labels = logits
+    kept = (labels == 3) | (labels == 8)
+    right = (scores[kept][:, 8] > scores[kept][:, 3]) == (labels[kept] == 8)
+    top1 = 100 * right.double().mean().item()
+    assert result(capsys)["top1"] == pytest.approx(top1, abs=1e-3)
+
+
 def test_other_size_and_test_time_pooling(
     script: ModuleType, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
