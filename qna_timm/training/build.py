@@ -98,9 +98,12 @@ def load_as_pretrained(model: nn.Module, path: str) -> None:
         UsageError: Not a checkpoint, or not of this model.
     """
     weights, metadata = read_weights(path)
+    own_head = _fresh_head(model, weights)
+    fresh = {key: value for key, value in own_head.items() if key in weights}
+    found = {key: weights[key] for key in fresh}
     config = {
         **model.pretrained_cfg,
-        "state_dict": weights,
+        "state_dict": {**weights, **fresh},
         "num_classes": model.num_classes,
         "label_offset": 0,
     }
@@ -110,10 +113,12 @@ def load_as_pretrained(model: nn.Module, path: str) -> None:
 
     def fit_to_model(state: dict[str, Tensor], target: nn.Module) -> dict[str, Tensor]:
         state = model_filter(state, target) if model_filter else state
-        fresh.update(_fresh_head(target, state))
-        return {**state, **fresh}
+        # In a file of other names the classifier is only known now.
+        late = _fresh_head(target, state)
+        fresh.update(late)
+        found.update({key: state[key] for key in late if key in state})
+        return {**state, **late}
 
-    fresh: dict[str, Tensor] = {}
     try:
         load_pretrained(
             model,
@@ -124,9 +129,9 @@ def load_as_pretrained(model: nn.Module, path: str) -> None:
         )
     except (RuntimeError, KeyError, ValueError, AssertionError):
         # Say it in one line if the tensors do not fit; else it is not about the file.
-        check_weights(model, {**weights, **_fresh_head(model, weights)}, metadata, path)
+        check_weights(model, {**weights, **own_head}, metadata, path)
         raise
-    _report_weights(path, model, weights, fresh)
+    _report_weights(path, model, found, fresh)
 
 
 def load_initial(model: nn.Module, path: str) -> None:
@@ -153,13 +158,13 @@ def _fresh_head(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def _report_weights(
-    path: str, model: nn.Module, weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]
+    path: str, model: nn.Module, found: Mapping[str, Tensor], fresh: Mapping[str, Tensor]
 ) -> None:
-    """Say what was loaded, and that a classifier is fresh."""
+    """Say what was loaded, and that a classifier is fresh where the one `found` did not fit."""
     _logger.info("weights: %s", path)
     if fresh:
-        found = sorted({len(weights[key]) for key in fresh if key in weights})
-        has = f"{found[0]} classes" if found else "no classifier"
+        classes = {len(found[key]) for key in fresh if key in found}
+        has = f"{min(classes)} classes" if classes else "no classifier"
         names = ", ".join(classifier_names(model))
         _logger.warning(
             "%s has %s, the model %d: its classifier (%s) is fresh, the rest is loaded",
