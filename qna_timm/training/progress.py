@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import sys
 import time
 from types import TracebackType
@@ -25,6 +26,16 @@ def format_duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def _shows_bars() -> bool:
+    """Whether stderr is a terminal with room; a bar on one of no width (containers) is unseen."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return True  # a terminal that does not tell its size
 
 
 class Progress:
@@ -51,7 +62,7 @@ class Progress:
         self._start_step = start_step
         self._start_time = time.perf_counter()
         self._last_shown = 0.0
-        self._bar = self._open_bar() if enabled and sys.stderr.isatty() else None
+        self._bar = self._open_bar() if enabled and _shows_bars() else None
 
     def _open_bar(self) -> Any | None:
         try:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -239,6 +240,17 @@ class TestProgress:
         shown = capsys.readouterr().err
         assert "train 1/2" in shown
         assert "loss 0.25" in shown
+
+    def test_lines_on_a_terminal_without_width(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        monkeypatch.setattr("sys.stderr.fileno", lambda: 2, raising=False)
+        monkeypatch.setattr("os.get_terminal_size", lambda fd: os.terminal_size((0, 0)))
+        with Progress(1, "train 1/2", log_interval=1) as progress:
+            progress.update(8, loss=0.25)
+        assert "train 1/2 [1/1 100%] loss 0.25" in caplog.text
 
     def test_disabled_says_nothing(
         self, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
