@@ -64,7 +64,7 @@ def write_flax(path: Path, params: dict[str, np.ndarray], **others: object) -> P
         "params": nest({name: pack_array(array) for name, array in params.items()}),
         "opt_state": {
             "0": {},
-            "1": {"inner_state": {"0": {"mu": nest(dict.fromkeys(params, {}))}}},
+            "1": {"inner_state": {"0": {"mu": nest({name: {} for name in params})}}},
         },
         "batch_stats": None,
         "dynamic_scale": None,

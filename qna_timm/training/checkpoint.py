@@ -81,7 +81,7 @@ def _readable(path: Path) -> Iterator[None]:
         OSError,
         RuntimeError,
         ValueError,
-        KeyError,
+        LookupError,
         TypeError,
         AttributeError,
     ) as error:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .collate import SplitCollate
 from .errors import UsageError
 from .image_loader import ImageLoader, process_place
+from .posterize import mend_posterize
 from .sampling import EpochSampler, KeyedCollate, KeyedDataset
 
 _PREFETCH_DEVICES = ("cuda", "npu")
@@ -182,34 +183,6 @@ def _epoch_sampler(
     return sampler
 
 
-def _split_kwargs(args: argparse.Namespace, num_aug_splits: int) -> dict[str, Any]:
-    """Collation of split batches and their erasing, for loaders without the prefetcher."""
-    if num_aug_splits < 2 and not args.resplit:
-        return {}
-    erasing = None
-    if args.reprob > 0 and not args.no_aug:
-        erasing = RandomErasing(
-            args.reprob,
-            mode=args.remode,
-            max_count=args.recount,
-            num_splits=(num_aug_splits or 2) if args.resplit else 0,
-            device="cpu",
-        )
-    return {"collate_fn": SplitCollate(erasing), "re_prob": 0.0}
-
-
-def _check_step_fits(sampler: EpochSampler, batch_size: int, world_size: int) -> None:
-    if sampler.num_steps:
-        return
-    product = f"{batch_size}"
-    if world_size > 1:
-        product = f"{batch_size} x {world_size} processes = {batch_size * world_size} images a step"
-    raise UsageError(
-        f"--batch-size {product} is larger than the training set of {sampler.num_samples} images; "
-        f"use --batch-size {max(1, sampler.num_samples // world_size)} or less"
-    )
-
-
 def create_train_loader(
     dataset: Dataset,
     args: argparse.Namespace,
@@ -260,6 +233,7 @@ def create_train_loader(
         **kwargs,
     )
     inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
+    mend_posterize(inner.dataset)
     changes: dict[str, Any] = {"multi_epochs": args.use_multi_epochs_loader}
     if sampler is not None:
         changes["dataset"] = KeyedDataset(inner.dataset, args.worker_seeding)

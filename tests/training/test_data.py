@@ -16,7 +16,7 @@ from timm.data import FastCollateMixup
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset
 
-from qna_timm.training import data, loaders
+from qna_timm.training import data, loaders, posterize
 from qna_timm.training.errors import UsageError
 from qna_timm.training.recipe import parse_train_args, parse_validate_args
 from qna_timm.training.sampling import EpochSampler, KeyedCollate, KeyedDataset
@@ -397,3 +397,16 @@ class TestOtherKinds:
         monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
         with pytest.raises(UsageError, match=r"qna_timm\[train\]"):
             data.open_datasets(digits_args())
+
+
+@pytest.mark.parametrize("splits", [0, 2])
+def test_posterize_at_full_magnitude(splits: int) -> None:
+    """Pillow 13 refuses the 0 bits that timm's policies may ask for; a run must not end by it."""
+    args = digits_args("--aa", "rand-m10-n4-inc1", "-b", "60", "--aug-splits", str(splits))
+    loader = data.create_train_loader(
+        data.open_dataset(args, "train", True), args, CONFIG, device=CPU, num_aug_splits=splits
+    )
+    images, _ = next(iter(loader))
+    assert images.isfinite().all()
+    black = posterize.posterize(Image.new("RGB", (4, 4), (200, 10, 90)), 0)
+    assert black.getextrema() == ((0, 0), (0, 0), (0, 0)) and black.mode == "RGB"
