@@ -15,11 +15,16 @@ from timm.models import create_model, get_model_args, load_pretrained, resolve_m
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .checkpoint import check_weights, classifier_names, is_classifier_key, read_weights
-from .data import dataset_classes
-from .distributed import Processes
-from .errors import UsageError
-from .task import classifier_layers
+from qna_timm.training.checkpoint import (
+    check_weights,
+    classifier_names,
+    is_classifier_key,
+    read_weights,
+)
+from qna_timm.training.data import dataset_classes
+from qna_timm.training.distributed import Processes
+from qna_timm.training.errors import UsageError
+from qna_timm.training.task import classifier_layers
 
 _logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from timm.data.auto_augment import (
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from .errors import UsageError, closest
-from .flags import FlagTable, all_flags
-from .names import check_dataset_name, check_model_name, expand_model_names
+from qna_timm.training.errors import UsageError, closest
+from qna_timm.training.flags import FlagTable, all_flags
+from qna_timm.training.names import check_dataset_name, check_model_name, expand_model_names
 
 Origins = Mapping[str, str]
 """Where a setting came from, by key: "--lr" or "FILE: key 'lr'"; begins an error message."""

@@ -18,19 +18,19 @@ from timm.data import create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
-from .digits import Digits
-from .errors import UsageError, closest
-from .image_loader import ImageLoader, process_place
-from .loaders import (
+from qna_timm.training.digits import Digits
+from qna_timm.training.errors import UsageError, closest
+from qna_timm.training.image_loader import ImageLoader, process_place
+from qna_timm.training.loaders import (
     create_eval_loader,
     create_train_loader,
     default_image_mode,
     set_epoch,
     uses_prefetcher,
 )
-from .names import check_dataset_name
-from .splits import find_split, is_train_split, split_flag
-from .views import ImageView, class_names_of, use_class_names
+from qna_timm.training.names import check_dataset_name
+from qna_timm.training.splits import find_split, is_train_split, split_flag
+from qna_timm.training.views import ImageView, class_names_of, use_class_names
 
 __all__ = [
     "TORCH_DATASETS",

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .errors import UsageError
+from qna_timm.training.errors import UsageError
 
 CLASS_NAMES = tuple("0123456789")
 _VALIDATION_FRACTION = 0.2

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from timm.utils import init_distributed_device
 from torch import Tensor
 
-from .errors import UsageError
+from qna_timm.training.errors import UsageError
 
 T = TypeVar("T")
 

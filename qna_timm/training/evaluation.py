@@ -8,10 +8,10 @@ import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
-from .errors import UsageError
-from .image_loader import ImageLoader, process_place
-from .progress import Progress
-from .views import class_names_of
+from qna_timm.training.errors import UsageError
+from qna_timm.training.image_loader import ImageLoader, process_place
+from qna_timm.training.progress import Progress
+from qna_timm.training.views import class_names_of
 
 
 class Observer(Protocol):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from .errors import UsageError, closest
+from qna_timm.training.errors import UsageError, closest
 
 
 @dataclass(frozen=True)

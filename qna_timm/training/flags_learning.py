@@ -1,6 +1,13 @@
 """Flags of train.py that settle how a model learns: optimizer to moving average."""
 
-from .flags import BELOW_ONE, INTERPOLATIONS, NOT_NEGATIVE, POSITIVE, PROBABILITY, Flag
+from qna_timm.training.flags import (
+    BELOW_ONE,
+    INTERPOLATIONS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    Flag,
+)
 
 OPTIMIZER_FLAGS = (
     Flag("--opt", str, "sgd", "Optimizer of timm, such as adamw, sgd, lamb or lookahead_adamw."),

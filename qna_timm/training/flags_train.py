@@ -3,8 +3,8 @@
 Where a default or meaning differs from timm's, the help says so.
 """
 
-from .flags import DTYPES, INTERPOLATIONS, NOT_NEGATIVE, POSITIVE, Flag
-from .flags_learning import (
+from qna_timm.training.flags import DTYPES, INTERPOLATIONS, NOT_NEGATIVE, POSITIVE, Flag
+from qna_timm.training.flags_learning import (
     AUGMENTATION_FLAGS,
     BATCH_NORM_FLAGS,
     EMA_FLAGS,
@@ -12,7 +12,7 @@ from .flags_learning import (
     OPTIMIZER_FLAGS,
     SCHEDULE_FLAGS,
 )
-from .flags_refused import REFUSED_FLAGS
+from qna_timm.training.flags_refused import REFUSED_FLAGS
 
 METRICS = ("top1", "top5", "loss")
 

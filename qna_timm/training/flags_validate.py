@@ -1,6 +1,6 @@
 """Every flag of validate.py: timm's names, aliases, meanings and defaults, and a few of ours."""
 
-from .flags import DTYPES, INTERPOLATIONS, NOT_NEGATIVE, POSITIVE, Flag
+from qna_timm.training.flags import DTYPES, INTERPOLATIONS, NOT_NEGATIVE, POSITIVE, Flag
 
 _NO_NAFLEX = "NaFlex loading (variable aspect and length) is not supported"
 _NO_MULTILABEL = "multi-label evaluation is not supported: validate with timm's own script for it"

@@ -9,7 +9,7 @@ from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from .sampling import EpochSampler, KeyedDataset
+from qna_timm.training.sampling import EpochSampler, KeyedDataset
 
 
 def process_place() -> tuple[int, int]:

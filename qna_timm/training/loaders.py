@@ -11,11 +11,11 @@ from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .collate import SplitCollate
-from .errors import UsageError
-from .image_loader import ImageLoader, process_place
-from .posterize import mend_posterize
-from .sampling import EpochSampler, KeyedCollate, KeyedDataset
+from qna_timm.training.collate import SplitCollate
+from qna_timm.training.errors import UsageError
+from qna_timm.training.image_loader import ImageLoader, process_place
+from qna_timm.training.posterize import mend_posterize
+from qna_timm.training.sampling import EpochSampler, KeyedCollate, KeyedDataset
 
 _PREFETCH_DEVICES = ("cuda", "npu")
 # Readers that share their files out over all workers of all ranks pad less with few workers.

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from .errors import UsageError
+from qna_timm.training.errors import UsageError
 
 _OWN = ("timm", "qna_timm", "train", "validate", "__main__")
 

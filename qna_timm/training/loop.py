@@ -15,11 +15,11 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .data import ImageLoader
-from .distributed import Processes, sum_over_processes
-from .optim import current_lr
-from .progress import Progress
-from .task import TrainTask
+from qna_timm.training.data import ImageLoader
+from qna_timm.training.distributed import Processes, sum_over_processes
+from qna_timm.training.optim import current_lr
+from qna_timm.training.progress import Progress
+from qna_timm.training.task import TrainTask
 
 _logger = logging.getLogger(__name__)
 

@@ -12,22 +12,22 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from .data import create_eval_loader
-from .distributed import Processes
-from .errors import UsageError
-from .evaluation import Observer, evaluate
-from .image_loader import ImageLoader
-from .loop import Precision
-from .observers import ClassCounts, ImageCount, RealLabels
-from .progress import Progress
-from .results import (
+from qna_timm.training.data import create_eval_loader
+from qna_timm.training.distributed import Processes
+from qna_timm.training.errors import UsageError
+from qna_timm.training.evaluation import Observer, evaluate
+from qna_timm.training.image_loader import ImageLoader
+from qna_timm.training.loop import Precision
+from qna_timm.training.observers import ClassCounts, ImageCount, RealLabels
+from qna_timm.training.progress import Progress
+from qna_timm.training.results import (
     averaged_scores,
     class_table,
     draw_confusion_matrix,
     format_table,
     write_table,
 )
-from .validation import (
+from qna_timm.training.validation import (
     apply_test_pool,
     build_candidate,
     check_classes,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import timm
 
-from .errors import UsageError, closest
+from qna_timm.training.errors import UsageError, closest
 
 TORCH_DATASETS = (
     "cifar10",

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from timm.data import RealLabelsImagenet
 from torch import Tensor
 
-from .errors import UsageError
-from .image_loader import process_place
+from qna_timm.training.errors import UsageError
+from qna_timm.training.image_loader import process_place
 
 
 def _sum_processes(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import nn
 from torch.optim import Optimizer
 
-from .errors import UsageError
+from qna_timm.training.errors import UsageError
 
 ADAPTIVE = ("ada", "lamb")
 """Parts of the names of optimizers whose learning rate grows with the square root of the batch."""

@@ -13,11 +13,11 @@ from typing import Any
 import timm
 import yaml
 
-from .checks import check_train_values, check_validate_values
-from .errors import UsageError, closest
-from .flags import FlagTable, all_flags, convert, flags_by_key, parse_command_line
-from .flags_train import TRAIN_FLAGS
-from .flags_validate import VALIDATE_FLAGS
+from qna_timm.training.checks import check_train_values, check_validate_values
+from qna_timm.training.errors import UsageError, closest
+from qna_timm.training.flags import FlagTable, all_flags, convert, flags_by_key, parse_command_line
+from qna_timm.training.flags_train import TRAIN_FLAGS
+from qna_timm.training.flags_validate import VALIDATE_FLAGS
 
 BUILTIN_DATASET = "sklearn/digits"
 

@@ -18,11 +18,10 @@ import yaml
 from timm.models import safe_model_name
 
 import qna_timm
-
-from .checkpoint import replacing
-from .distributed import Processes
-from .errors import UsageError
-from .resume import STATE_NAME, find_state
+from qna_timm.training.checkpoint import replacing
+from qna_timm.training.distributed import Processes
+from qna_timm.training.errors import UsageError
+from qna_timm.training.resume import STATE_NAME, find_state
 
 ARGS_NAME = "args.yaml"
 SUMMARY_NAME = "summary.csv"

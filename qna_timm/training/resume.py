@@ -20,11 +20,11 @@ from timm.scheduler import PlateauLRScheduler
 from timm.utils import random_seed, unwrap_model
 from torch import Tensor
 
-from .checkpoint import STATE_SUFFIX, check_weights, read_header, save_tensors
-from .distributed import Processes, gather_to_primary
-from .errors import UsageError
-from .loop import Trainer
-from .packing import pack, unpack
+from qna_timm.training.checkpoint import STATE_SUFFIX, check_weights, read_header, save_tensors
+from qna_timm.training.distributed import Processes, gather_to_primary
+from qna_timm.training.errors import UsageError
+from qna_timm.training.loop import Trainer
+from qna_timm.training.packing import pack, unpack
 
 STATE_KEY = "qna_timm_state"
 STATE_NAME = f"last{STATE_SUFFIX}"

@@ -10,20 +10,27 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import Dataset
 
-from . import report
-from .build import build_model, check_forward, choose_classes, describe, input_config, prepare_model
-from .data import (
+from qna_timm.training import report
+from qna_timm.training.build import (
+    build_model,
+    check_forward,
+    choose_classes,
+    describe,
+    input_config,
+    prepare_model,
+)
+from qna_timm.training.data import (
     ImageLoader,
     create_eval_loader,
     create_train_loader,
     open_datasets,
     uses_prefetcher,
 )
-from .distributed import Processes
-from .loop import Precision, Trainer, num_updates
-from .optim import create_optimizer, create_schedule, learning_rate
-from .task import build_task, create_mixup
-from .tta import AveragedViews
+from qna_timm.training.distributed import Processes
+from qna_timm.training.loop import Precision, Trainer, num_updates
+from qna_timm.training.optim import create_optimizer, create_schedule, learning_rate
+from qna_timm.training.task import build_task, create_mixup
+from qna_timm.training.tta import AveragedViews
 
 _logger = logging.getLogger(__name__)
 

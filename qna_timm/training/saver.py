@@ -10,7 +10,7 @@ from typing import Any
 from timm.utils import unwrap_model
 from torch import nn
 
-from .checkpoint import replacing, save_weights
+from qna_timm.training.checkpoint import replacing, save_weights
 
 EMA = "_ema"
 """Ending of the names of averaged weights and of their metrics."""

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .errors import UsageError, closest
+from qna_timm.training.errors import UsageError, closest
 
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("val", "valid", "validation", "eval", "evaluation")

@@ -12,8 +12,8 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .distributed import Processes
-from .errors import UsageError
+from qna_timm.training.distributed import Processes
+from qna_timm.training.errors import UsageError
 
 # PyTorch's new name for sending buffers out at each step, and the old one.
 BUFFERS_FLAG = next(

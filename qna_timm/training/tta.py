@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import UsageError
+from qna_timm.training.errors import UsageError
 
 _SHIFTS = ((0, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))
 

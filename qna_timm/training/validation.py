@@ -16,10 +16,16 @@ from timm.utils import natural_key, reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .checkpoint import FOLDER_FILES, STATE_SUFFIX, find_weights, load_weights, read_metadata
-from .data import dataset_classes, open_dataset
-from .errors import UsageError
-from .names import expand_model_names
+from qna_timm.training.checkpoint import (
+    FOLDER_FILES,
+    STATE_SUFFIX,
+    find_weights,
+    load_weights,
+    read_metadata,
+)
+from qna_timm.training.data import dataset_classes, open_dataset
+from qna_timm.training.errors import UsageError
+from qna_timm.training.names import expand_model_names
 
 _logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .errors import UsageError, closest
+from qna_timm.training.errors import UsageError, closest
 
 _logger = logging.getLogger(__name__)
 
