@@ -9,35 +9,10 @@ import yaml
 
 from qna_timm.training import checks
 from qna_timm.training.errors import UsageError, closest, run_cli
-from qna_timm.training.flags import all_flags, flags_by_key, parse_command_line
-from qna_timm.training.flags_train import TRAIN_FLAGS
-from qna_timm.training.flags_validate import VALIDATE_FLAGS
 from qna_timm.training.names import expand_model_names
 from qna_timm.training.recipe import as_yaml_dict, parse_train_args, parse_validate_args
 
 DATA = Path(__file__).parents[1] / "data"
-TABLES = {"train": TRAIN_FLAGS, "validate": VALIDATE_FLAGS}
-
-# Where our default differs from timm's on purpose (None: found out at run time).
-OTHER_DEFAULTS = {
-    "train": {
-        "model": "qna_vit_tiny",
-        "device": None,
-        "output": "./output/train",
-        "decay_epochs": None,  # timm's library then takes its 90, or wsd's own
-    },
-    "validate": {"model": "qna_vit_tiny", "device": None},
-}
-
-
-def timm_flags():
-    """Script and row of each of timm's flags: flag, aliases, kind, nargs, default."""
-    params = []
-    for script in TABLES:
-        with open(DATA / f"timm_{script}_flags.csv", newline="") as file:
-            for row in csv.DictReader(file):
-                params.append(pytest.param(script, row, id=f"{script}{row['flag']}"))
-    return params
 
 
 def train(*argv, model="test_resnet"):
@@ -47,62 +22,6 @@ def train(*argv, model="test_resnet"):
 def write(path, text):
     path.write_text(text, encoding="utf-8")
     return path
-
-
-@pytest.mark.parametrize("script, row", timm_flags())
-def test_flag_is_timms(script, row):
-    key = row["flag"].lstrip("-").replace("-", "_")
-    if row["flag"].startswith("-") and not row["flag"].startswith("--"):
-        key = row["aliases"].lstrip("-").replace("-", "_")
-    flag = flags_by_key(TABLES[script])[key]
-
-    names = {name.replace("_", "-") for name in [row["flag"], *row["aliases"].split()]}
-    assert names <= set(flag.options)
-
-    kinds = {"flag": bool, "str": str, "int": int, "float": float, "kwargs": dict}
-    assert flag.kind is kinds[row["kind"]]
-
-    default = ast.literal_eval(row["default"])
-    assert flag.default == OTHER_DEFAULTS[script].get(key, default)
-
-    if row["nargs"].isdigit() or row["nargs"] == "+":
-        assert flag.is_list
-    if row["nargs"] == "?" and row["flag"] != "data":
-        assert flag.nargs == "?" and flag.const == "inductor"
-
-
-@pytest.mark.parametrize("script, row", timm_flags())
-def test_flag_is_read_from_the_command_line(script, row):
-    if row["flag"] == "data":
-        assert parse_command_line(TABLES[script], ["x"], "p", "d") == {"data": "x"}
-        return
-    values = {"flag": [], "str": ["x"], "int": ["3"], "float": ["0.5"], "kwargs": ["a=1"]}
-    name = row["flag"].replace("_", "-")
-    (flag,) = (flag for flag in all_flags(TABLES[script]) if name in flag.options)
-    given = values[row["kind"]]
-    if flag.choices:
-        given = [flag.choices[-1]]
-    if isinstance(flag.nargs, int):
-        given = given * flag.nargs
-    for name in [row["flag"], *row["aliases"].split()]:
-        parsed = parse_command_line(TABLES[script], [name, *given], "p", "d")
-        assert list(parsed) == [flag.key]
-
-
-def test_flags_of_newer_timm_and_ours_are_there():
-    keys = set(flags_by_key(TRAIN_FLAGS))
-    newer = """task target_format multilabel_threshold loss loss_class_weight loss_pos_weight
-        loss_weight_power class_stats poly_epsilon poly_gamma lr_decay_fn lr_stable_timescale
-        stop_epoch save_epochs pretrained_cfg_overlay sweep_attempt sweep_locks"""
-    ours = {"config", "smoke", "max_steps", "log_tensorboard"}
-    assert set(newer.split()) | ours <= keys
-    assert {"per_class", "confusion_matrix", "device_modules"} <= set(flags_by_key(VALIDATE_FLAGS))
-
-
-def test_flags_have_one_place_each():
-    for table in TABLES.values():
-        keys = [flag.key for flag in all_flags(table)]
-        assert len(keys) == len(set(keys))
 
 
 def test_spellings_short_flags_and_negative_numbers():
@@ -432,22 +351,6 @@ def test_model_lists(tmp_path):
     assert expand_model_names("hf-hub:timm/resnet18") == ["hf-hub:timm/resnet18"]
     with pytest.raises(UsageError, match="names no model"):
         expand_model_names(str(write(tmp_path / "empty.txt", "\n")))
-
-
-@pytest.mark.parametrize("parse, table", [(parse_train_args, TRAIN_FLAGS),
-                                          (parse_validate_args, VALIDATE_FLAGS)])  # fmt: skip
-def test_help_groups_every_flag(parse, table, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for title, flags in table.items():
-        assert f"\n{title}:\n" in text
-        for flag in flags:
-            assert flag.options[-1] in text
-    if parse is parse_train_args:
-        assert "--config" in text and "default: 128" in text
-    assert "optional arguments" not in text
 
 
 def test_closest():
