@@ -33,7 +33,6 @@ from qna_timm.training.splits import find_split, is_train_split, split_flag
 from qna_timm.training.views import ImageView, class_names_of, use_class_names
 
 __all__ = [
-    "TORCH_DATASETS",
     "ImageLoader",
     "create_eval_loader",
     "create_train_loader",
@@ -48,14 +47,6 @@ _logger = logging.getLogger(__name__)
 
 _TORCH_TWO_SPLITS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 _TORCH_FOLDERS = ("image_folder", "folder")
-TORCH_DATASETS = (
-    *_TORCH_TWO_SPLITS,
-    "inaturalist",
-    "inat",
-    "places365",
-    "imagenet",
-    *_TORCH_FOLDERS,
-)
 _DOWNLOADABLE = tuple(
     f"torch/{name}" for name in (*_TORCH_TWO_SPLITS, "inaturalist", "inat", "places365")
 )

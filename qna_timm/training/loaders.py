@@ -226,7 +226,7 @@ def create_train_loader(
         std=data_config["std"],
         num_aug_splits=num_aug_splits,
         num_workers=args.workers,
-        pin_memory=args.pin_mem,
+        pin_memory=args.pin_mem and device.type != "cpu",  # nothing to pin for
         img_dtype=img_dtype,
         device=device,
         use_prefetcher=prefetched,
@@ -294,7 +294,7 @@ def create_eval_loader(
         crop_border_pixels=getattr(args, "crop_border_pixels", None),
         num_workers=workers,
         distributed=world_size > 1,
-        pin_memory=args.pin_mem,
+        pin_memory=args.pin_mem and device.type != "cpu",  # nothing to pin for
         img_dtype=img_dtype,
         device=device,
         use_prefetcher=uses_prefetcher(args, device),

