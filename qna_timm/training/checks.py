@@ -1,6 +1,7 @@
 """Checks of settings against each other, timm's registries, the device and the file system."""
 
 import importlib
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -86,6 +87,12 @@ def _check_precision(args: Namespace, origins: Origins) -> None:
         )
     if args.torchscript and args.torchcompile:
         raise UsageError(f"{origins['torchscript']}: does not go with --torchcompile")
+    backend = args.torchcompile
+    if backend and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise UsageError(
+            f"{origins['torchcompile']}: torch.compile has no backend '{backend}', "
+            f"expected one like inductor or eager{closest(backend, known)}"
+        )
 
 
 def _check_data_dir(args: Namespace, origins: Origins) -> None:
@@ -182,7 +189,9 @@ def _check_loss(args: Namespace, origins: Origins) -> None:
 def _attempt(where: str, build: Callable[[], Any]) -> None:
     """Let timm build something small, and tell in one line why it will not."""
     try:
-        build()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is built in earnest warns again
+            build()
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise UsageError(f"{where}: {' '.join(reason.split())}") from None

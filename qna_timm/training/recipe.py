@@ -21,6 +21,10 @@ from qna_timm.training.flags_validate import VALIDATE_FLAGS
 
 BUILTIN_DATASET = "sklearn/digits"
 
+# What the quickstart recipe sets to suit its own model, optimizer or schedule: beside another one
+# it may be refused, and the user, who never wrote it, could not tell why.
+_TIED = {"model": ("drop_path",), "opt": ("opt_kwargs",), "sched": ("sched_on_updates",)}
+
 # Derived by the parser, not settings: they have no flag and are left out of args.yaml.
 _DERIVED = ("given", "builtin_data")
 
@@ -128,6 +132,17 @@ def _fold_data(args: Namespace, origins: Mapping[str, str]) -> None:
     del args.data
 
 
+def _without_tied(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what is tied to a choice of its own that `given` makes otherwise."""
+    dropped = {
+        key
+        for choice, keys in _TIED.items()
+        if given.get(choice, recipe.get(choice)) != recipe.get(choice)
+        for key in keys
+    }
+    return {key: value for key, value in recipe.items() if key not in dropped}
+
+
 def _smoke_side(args: Namespace) -> int:
     """Side of a smoke run's images: small, and a multiple of 32 to suit every stride."""
     side = args.input_size[-1] if args.input_size else args.img_size or 0
@@ -197,7 +212,8 @@ def parse_train_args(
     given = {key: value for _, values in layers for key, value in values.items()}
     builtin = not any(key in given for key in ("data", "data_dir", "dataset"))
     if builtin and quickstart is not None:
-        layers.insert(0, (str(quickstart), read_recipe(quickstart, TRAIN_FLAGS)))
+        defaults = _without_tied(read_recipe(quickstart, TRAIN_FLAGS), given)
+        layers.insert(0, (str(quickstart), defaults))
     args, origins = _merge(TRAIN_FLAGS, layers)
     if builtin:
         args.dataset = BUILTIN_DATASET

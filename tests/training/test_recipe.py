@@ -62,6 +62,25 @@ def test_precedence_and_given(tmp_path):
     }
 
 
+def test_another_choice_drops_what_the_quickstart_ties_to_its_own():
+    """lamb takes no `fused`, vgg no `drop_path`, plateau no updates: all must run with no data."""
+    quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    own = parse_train_args([], quickstart)
+    assert own.opt_kwargs == {"fused": True} and own.drop_path and own.sched_on_updates
+    args = parse_train_args(["--opt", "lamb", "--sched", "plateau", "--model", "vgg11"], quickstart)
+    assert args.opt_kwargs == {} and args.drop_path is None and not args.sched_on_updates
+    assert (args.epochs, args.img_size) == (own.epochs, 32)
+    args = parse_train_args(["--opt", "lamb", "--drop-path", "0.2", "--model", "vgg11"], quickstart)
+    assert args.drop_path == 0.2
+
+
+@pytest.mark.parametrize("parse", [train, parse_validate_args])
+def test_unknown_compiler(parse):
+    argv = ["--torchcompile", "inducter"]
+    with pytest.raises(UsageError, match=r"no backend 'inducter'.* did you mean 'inductor'"):
+        parse(*argv) if parse is train else parse(argv)
+
+
 def test_named_data_leaves_the_quickstart_out(tmp_path):
     quickstart = write(tmp_path / "q.yaml", "epochs: 5\n")
     for argv in ([str(tmp_path)], ["--data-dir", str(tmp_path)], ["--dataset", "sklearn/digits"]):
