@@ -24,7 +24,12 @@ from qna_timm.training.errors import UsageError, run_cli
 from qna_timm.training.logs import RunLog
 from qna_timm.training.measure import measure
 from qna_timm.training.recipe import parse_validate_args
-from qna_timm.training.results import require_matplotlib, write_results
+from qna_timm.training.results import (
+    TO_TERMINAL,
+    require_matplotlib,
+    require_writable,
+    write_results,
+)
 from qna_timm.training.validation import Candidate, list_candidates, settings_for
 
 _logger = logging.getLogger("validate")
@@ -60,17 +65,19 @@ def validate_all(args: argparse.Namespace, processes: Processes) -> int:
         report(args, results, processes)
         return 0
     rows: list[dict[str, Any]] = []
+    problems: list[str] = []
     for number, candidate in enumerate(candidates, start=1):
         _logger.info("%d of %d: %s", number, len(candidates), candidate)
         try:
             rows.append(validate_retrying(args, candidate, processes))
         except UsageError as error:
             _logger.error("%s: %s", candidate, error)
+            problems.append(f"{candidate}: {error}")
             continue
         rows.sort(key=lambda row: row["top1"], reverse=True)
         save_results(args, rows, processes)  # now, so that a long list is not lost by its last
     if not rows:
-        raise UsageError(f"none of the {len(candidates)} models could be validated")
+        raise UsageError(f"none of {len(candidates)} could be validated; the first, {problems[0]}")
     report(args, rows, processes)
     return int(len(rows) < len(candidates))
 
@@ -79,14 +86,14 @@ def check_outputs(args: argparse.Namespace, candidates: int, processes: Processe
     """Find out before the work whether its results can be kept.
 
     Raises:
-        UsageError: a missing package, a folder in the place of a file, or one file for several.
+        UsageError: a missing package, a place where no file can be written, or one for several.
     """
     if args.confusion_matrix:
         require_matplotlib()
     single = {"--per-class": args.per_class, "--confusion-matrix": args.confusion_matrix}
     for flag, path in {**single, "--results-file": args.results_file}.items():
-        if path and Path(path).is_dir():
-            raise UsageError(f"{flag} {path} is a folder; name a file")
+        if path and path != TO_TERMINAL:
+            require_writable(flag, Path(path))
         if path and flag in single and candidates > 1:
             raise UsageError(f"{flag} is for one model, but {candidates} are named")
     if args.retry and processes.distributed:

@@ -21,6 +21,7 @@ from qna_timm.training.loop import Precision
 from qna_timm.training.observers import ClassCounts, ImageCount, RealLabels
 from qna_timm.training.progress import Progress
 from qna_timm.training.results import (
+    TO_TERMINAL,
     averaged_scores,
     class_table,
     draw_confusion_matrix,
@@ -38,8 +39,6 @@ from qna_timm.training.validation import (
 )
 
 _logger = logging.getLogger(__name__)
-
-_TO_TERMINAL = "-"
 
 
 def measure(
@@ -222,7 +221,7 @@ class _Counts:
             return metrics
         if settings.per_class:
             rows = class_table(totals, class_names)
-            if settings.per_class == _TO_TERMINAL:
+            if settings.per_class == TO_TERMINAL:
                 print(format_table(rows))
             else:
                 write_table(Path(settings.per_class), rows)

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from qna_timm.training.checkpoint import replacing
 from qna_timm.training.errors import UsageError
 
 TABLE_COLUMNS = ("label", "class", "images", "top1", "top5", "precision", "f1_score")
+
+# --per-class without a file.
+TO_TERMINAL = "-"
 
 # Beyond these the picture's texts run into one another.
 _MOST_NAMES = 60
@@ -96,6 +100,25 @@ def format_table(rows: Sequence[dict[str, object]]) -> str:
         ).rstrip()
         for line in cells
     )
+
+
+def require_writable(flag: str, path: Path) -> None:
+    """See, before the work and without writing, that a result can be kept at `path`.
+
+    Args:
+        flag: The flag that names it, for the message.
+        path: A file, there or not; missing folders above it are made when it is written.
+
+    Raises:
+        UsageError: It is a folder, or a file or a folder that is not ours is in its way.
+    """
+    if path.is_dir():
+        raise UsageError(f"{flag} {path} is a folder; name a file")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{flag} {path}: {nearest} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {path}: the folder {nearest} cannot be written to")
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

@@ -318,8 +318,15 @@ class TestMistakes:
         assert "not a checkpoint of test_resnet but of test_vit" in line
         line = self.fails(script, *weights, "--results-file", str(tmp_path))
         assert "is a folder" in line
+        (tmp_path / "file").touch()
+        for flag in ("--results-file", "--per-class", "--confusion-matrix"):
+            line = self.fails(script, *weights, flag, str(tmp_path / "file" / "new" / "x.png"))
+            assert f"{flag} {tmp_path}/file/new/x.png: {tmp_path}/file is a file" in line
         line = self.fails(script, *weights, "--in-chans", "1")
         assert "\n" not in line
+        models = ["--model", "test_vit,test_resnet", "--dataset", "sklearn/digits"]
+        line = self.fails(script, *models, "--num-classes", "10")
+        assert "none of 2 could be validated; the first, test_vit: --num-classes 10" in line
         assert not list(tmp_path.rglob("*.csv"))
 
 
