@@ -36,6 +36,8 @@ METADATA_KEY = "qna_timm"
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 STATE_SUFFIX = ".state.safetensors"
+# The names that `replacing` writes to.
+TEMPORARY_PATTERN = ".*.tmp"
 # Where a folder's weights are looked for, first match first; the last two are hub exports.
 FOLDER_FILES = ("best.safetensors", "last.safetensors", "model.safetensors", "pytorch_model.bin")
 

@@ -1,6 +1,8 @@
 """Loaders: timm's transforms, collation and prefetching around our reproducible order."""
 
 import argparse
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,6 +68,15 @@ def _set_image_mode(dataset: Dataset, args: argparse.Namespace, channels: int) -
         dataset.input_img_mode = default_image_mode(channels)
 
 
+def _num_workers(args: argparse.Namespace) -> int:
+    """--workers; where nobody chose it, no more than there are cores (PyTorch would warn)."""
+    if "workers" in getattr(args, "given", {"workers"}):
+        return args.workers
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(args.workers, cores)
+
+
 def _image_dtype(args: argparse.Namespace) -> torch.dtype:
     return getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
 
@@ -90,7 +101,9 @@ def _rebuilt(loader: DataLoader, seed: int, **changes: Any) -> DataLoader:
         "generator": torch.Generator().manual_seed(seed),
     }
     loader_class = MultiEpochsDataLoader if changes.pop("multi_epochs", False) else DataLoader
-    return loader_class(**{**kwargs, **changes})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's loader has said it
+        return loader_class(**{**kwargs, **changes})
 
 
 def _build(dataset: Dataset, args: argparse.Namespace, **kwargs: Any) -> Any:
@@ -225,7 +238,7 @@ def create_train_loader(
         mean=data_config["mean"],
         std=data_config["std"],
         num_aug_splits=num_aug_splits,
-        num_workers=args.workers,
+        num_workers=_num_workers(args),
         pin_memory=args.pin_mem and device.type != "cpu",  # nothing to pin for
         img_dtype=img_dtype,
         device=device,
@@ -275,7 +288,7 @@ def create_eval_loader(
         UsageError: a value of `data_config` that timm's transforms refuse.
     """
     rank, world_size = process_place()
-    workers = args.workers
+    workers = _num_workers(args)
     if world_size > 1 and args.dataset.lower().startswith(_SHARDED_READERS):
         workers = min(2, workers)
     _set_image_mode(dataset, args, data_config["input_size"][0])

@@ -3,12 +3,16 @@
 import logging
 import logging.handlers
 import sys
+import warnings
 from pathlib import Path
 from types import TracebackType
 
 from qna_timm.training.errors import UsageError
 
 _OWN = ("timm", "qna_timm", "train", "validate", "__main__")
+
+
+_warnings_logger = logging.getLogger("py.warnings")
 
 
 class _Formatter(logging.Formatter):
@@ -23,6 +27,14 @@ class _Formatter(logging.Formatter):
 def _is_ours(record: logging.LogRecord) -> bool:
     """Other libraries are heard from warnings upwards."""
     return record.levelno >= logging.WARNING or record.name.split(".")[0] in _OWN
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+) -> None:
+    """What libraries warn of, as one line like the others, without their source code."""
+    text = " ".join(str(message).split())
+    _warnings_logger.warning("%s (%s, %s:%d)", text, category.__name__, Path(filename).name, lineno)
 
 
 class RunLog:
@@ -47,6 +59,7 @@ class RunLog:
         self._level = root.level
         root.setLevel(logging.INFO if self._enabled else logging.ERROR)
         self._add(self._early)
+        self._show_warning, warnings.showwarning = warnings.showwarning, _log_warning
         return self
 
     def _add(self, handler: logging.Handler) -> None:
@@ -84,6 +97,7 @@ class RunLog:
     ) -> None:
         if self._early.buffer and not isinstance(exc, UsageError):
             self._release(self._add_stream())
+        warnings.showwarning = self._show_warning
         root = logging.getLogger()
         for handler in self._handlers:
             root.removeHandler(handler)

@@ -18,7 +18,7 @@ import yaml
 from timm.models import safe_model_name
 
 import qna_timm
-from qna_timm.training.checkpoint import replacing
+from qna_timm.training.checkpoint import TEMPORARY_PATTERN, replacing
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
 from qna_timm.training.resume import STATE_NAME, find_state
@@ -98,7 +98,7 @@ def _new_folder(args: argparse.Namespace, image_size: Sequence[int]) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Create the run folder.
+    """Create the run folder, or clear one that a run goes on in of what was never finished.
 
     Raises:
         UsageError: It cannot be made or written to.
@@ -108,6 +108,9 @@ def make_folder(folder: Path) -> None:
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
+        # Left by a run that was killed while it wrote them.
+        for stale in folder.glob(TEMPORARY_PATTERN):
+            stale.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"--output: cannot write to {folder}: {error.strerror}") from error
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import random
 import shutil
 import tarfile
@@ -171,6 +172,21 @@ class TestTrainLoader:
         for epoch in (0, 1):
             assert_same(batches(workers, epoch), epochs[epoch])
         assert not torch.equal(batches(self.loader("--seed", "43"), 0)[0], epochs[0][0])
+
+    def test_unchosen_workers_are_no_more_than_the_cores(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """timm's default of 4 would make PyTorch warn in every run on a small machine."""
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+        args = digits_args()
+        args.given.pop("workers", None)
+        args.workers = 4
+        dataset, _ = data.open_datasets(args)
+        assert data.create_train_loader(dataset, args, CONFIG, device=CPU)._inner.num_workers == 1
+        loader = data.create_eval_loader(dataset, args, CONFIG, device=CPU, batch_size=8)
+        assert loader._inner.num_workers == 1
+        args.given["workers"] = args.workers = 2
+        assert data.create_train_loader(dataset, args, CONFIG, device=CPU)._inner.num_workers == 2
 
     def test_multi_epochs_loader_keeps_the_order_also_when_left_early(self) -> None:
         plain, multi = self.loader(), self.loader("--use-multi-epochs-loader", "-j", "1")

@@ -5,6 +5,7 @@ import csv
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import yaml
 from PIL import Image
 
 from qna_timm.training import curves, report
+from qna_timm.training.checkpoint import replacing
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
 from qna_timm.training.logs import RunLog
@@ -104,6 +106,15 @@ def test_existing_experiment_is_refused(tmp_path: Path) -> None:
         report.plan_run(args, (32, 32), False)
 
 
+def test_folder_of_a_killed_run_is_cleared(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "kept") as temporary:
+        raise ZeroDivisionError
+    temporary.touch()
+    (tmp_path / "kept").touch()
+    report.make_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
 def test_unwritable_output(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="--output: cannot write"):
@@ -181,6 +192,18 @@ def test_log_holds_lines_back_until_the_folder_is_there(
     assert capsys.readouterr().err == "early\nwarning: late\n"
     lines = (tmp_path / "train.log").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == ["early", "warning: late"]
+
+
+def test_log_takes_warnings_of_libraries_as_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = warnings.showwarning
+    with RunLog() as log:
+        warnings.showwarning(UserWarning("two\nlines"), UserWarning, "/x/y.py", 7)
+        assert capsys.readouterr().err == ""
+        log.to_file(tmp_path / "train.log")
+    assert capsys.readouterr().err == "warning: two lines (UserWarning, y.py:7)\n"
+    assert warnings.showwarning is shown
 
 
 def test_log_drops_lines_before_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
