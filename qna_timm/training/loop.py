@@ -13,6 +13,7 @@ from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from qna_timm.training.data import ImageLoader
@@ -173,13 +174,15 @@ class Trainer:
             input, target = self.mixup(input, target)
         if self.args.channels_last:
             input = input.contiguous(memory_format=torch.channels_last)
+        second_order = getattr(self.optimizer, "is_second_order", False)
+        # Only the plain form of PyTorch's attention can be differentiated twice.
+        attention = sdpa_kernel(SDPBackend.MATH) if second_order else nullcontext()
         # Gradients need to be summed over the processes only once per group.
-        with nullcontext() if closes else self.task.no_sync():
+        with nullcontext() if closes else self.task.no_sync(), attention:
             with self.precision.autocast():
                 result = self.task(input, target)
-            self.precision.scaler.scale(result["loss"] / group).backward(
-                create_graph=getattr(self.optimizer, "is_second_order", False)
-            )
+            loss = self.precision.scaler.scale(result["loss"] / group)
+            loss.backward(create_graph=second_order)
         losses = {"loss": result["loss"].detach()}
         if len(result["parts"]) > 1:
             losses.update({f"loss_{name}": part for name, part in result["parts"].items()})

@@ -423,11 +423,13 @@ FLAGS = {
     "compile": "--torchcompile eager --model-ema --save-images --epochs 1",
     "dtype": "--model-dtype bfloat16 --opt adafactorbv --layer-decay 0.7",
     "none": "--tta 4 --sched none --head-init-scale 0.1 --head-init-bias -2 --in-chans 1",
+    "second-order": "--opt adahessian --epochs 1",
     "start": "--start-epoch 1 --num-classes 12 --lr-base 0.01 --fast-norm --gp avg",
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script", "ignore:The .grad attribute")
+@pytest.mark.filterwarnings("ignore:Using backward")
 @pytest.mark.parametrize("name", FLAGS)
 def test_flags_are_live(train: ModuleType, tmp_path: Path, name: str) -> None:
     argv = digits(tmp_path, "--max-steps", "1", "--experiment", name, *FLAGS[name].split())
