@@ -41,10 +41,13 @@ class BiasedBatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        old = var.clone()
-        out = F.batch_norm(x, mean, var, self.weight, self.bias, True, momentum, self.eps)
-        # var is now (1 - m) old + m v n/(n-1): take 1/n of the second term off
-        var.sub_((var - (1 - momentum) * old) * (x.shape[1] / x.numel()))
+        # backward keeps the buffers it was given: let it have copies
+        new_mean, new_var = mean.clone(), var.clone()
+        out = F.batch_norm(x, new_mean, new_var, self.weight, self.bias, True, momentum, self.eps)
+        with torch.no_grad():
+            mean.copy_(new_mean)
+            # new_var is (1 - m) old + m v n/(n-1): take 1/n of the second term off
+            var.copy_(new_var - (new_var - (1 - momentum) * var) * (x.shape[1] / x.numel()))
         return out
 
 
