@@ -136,7 +136,7 @@ def test_depthwise_up_to_its_limit() -> None:
     tensors, args = make_inputs("odd-map", "no-bias")
     scores = tensors[0]
     low, high = scores.amin(), scores.amax()
-    tensors[0] = ((scores - low) / (high - low) * 59.9).float().double()
+    tensors[0] = ((scores - low) / (high - low) * 15.9).float().double()
     wanted = qna_attention(*tensors, *args, "reference")
     single = to(tensors, torch.float32)
     assert error(qna_attention(*single, *args, "depthwise"), wanted) < 1e-4
@@ -145,8 +145,29 @@ def test_depthwise_up_to_its_limit() -> None:
     ):
         assert (f.double() - w).norm() <= 1e-3 * w.norm() + 1e-8
     single[0] = single[0] * 1.5
-    with pytest.raises(ValueError, match="spread by 60 at most"):
+    with pytest.raises(ValueError, match="spread by 16 at most"):
         qna_attention(*single, *args, "depthwise")
+
+
+@pytest.mark.parametrize("gap", [30.0, 50.0])
+def test_gradients_where_one_token_has_all_the_weight(gap: float) -> None:
+    """Next to nothing, as with a softmax, and not the rounding of two large sums."""
+    tensors, args = make_inputs("odd-map", "no-bias")
+    scores = tensors[0] * 0.01 - gap
+    scores[:, ::3, ::3] += gap  # one such token in every window
+    tensors[0] = scores.float().double()
+    wanted = gradients(tensors, args, "reference")
+    found = gradients(to(tensors, torch.float32), args, "auto")
+    for f, w in zip(found, wanted, strict=True):
+        assert (f.double() - w).norm() <= 1e-3 * w.norm() + 1e-8
+
+
+def test_kernel_of_one_token() -> None:
+    """Its softmax is 1 whatever the score: no gradient at all for scores and bias."""
+    (scores, value, bias, weight), _ = make_inputs("odd-map")
+    tensors = [scores.float(), value.float(), bias[:1].float(), weight[:1].float()]
+    score_grad, _, bias_grad, _ = gradients(tensors, ((1, 1), 1, 0), "auto")
+    assert not score_grad.any() and not bias_grad.any()
 
 
 def test_not_a_number_stays_where_it_is() -> None:

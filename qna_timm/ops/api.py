@@ -165,7 +165,7 @@ def qna_attention(
         out = qna_offsets(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
     else:
         _check_qna(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
-        form = _QNA_FORMS[_choose_form(impl, scores, rel_pos_bias)]
+        form = _QNA_FORMS[_choose_form(impl, scores, rel_pos_bias, kernel_size)]
         out = form(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
     return out.to(value.dtype)
 
@@ -177,7 +177,9 @@ _QNA_FORMS = {
 }
 
 
-def _choose_form(impl: str, scores: Tensor, rel_pos_bias: Tensor | None) -> str:
+def _choose_form(
+    impl: str, scores: Tensor, rel_pos_bias: Tensor | None, kernel_size: tuple[int, int]
+) -> str:
     """The dispatch ladder: the form for an explicit request (no fall-back) or for 'auto'."""
     if impl in ("reference", "offsets"):
         return impl
@@ -195,9 +197,9 @@ def _choose_form(impl: str, scores: Tensor, rel_pos_bias: Tensor | None) -> str:
         return "offsets"
     if scores.is_cuda and torch.cuda.is_current_stream_capturing():
         return "offsets"
-    # A map of one token has no gradient for its score: exactly none with a softmax, a rounding
+    # A window of one token has no gradient for its score: exactly none with a softmax, a rounding
     # error with two sums.
-    if scores.shape[1] * scores.shape[2] == 1:
+    if scores.shape[1] * scores.shape[2] == 1 or kernel_size == (1, 1):
         return "offsets"
     return "depthwise" if fits_shared_shift(scores, rel_pos_bias) else "offsets"
 

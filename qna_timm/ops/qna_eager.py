@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A window's sum of exponentials is at least exp(-spread). Backward divides by it once more, so
-# exp(spread) times a gradient must stay finite: 60 leaves 12 decades of float32 on either side.
-MAX_SPREAD = 60.0
+# The gradient of a score is a difference of two sums there, good to float32's rounding of either;
+# where one token of a window has all the weight, its true value is exp(-spread) of them. 16 is
+# where that reaches the rounding, 2^-23, and no window's sum can underflow before it.
+MAX_SPREAD = 16.0
 
 
 def _window_max(scores: Tensor, kernel_size: tuple[int, int], stride: int) -> Tensor:
