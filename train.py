@@ -14,6 +14,8 @@ import argparse
 import json
 import logging
 import math
+import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -248,8 +250,18 @@ def conclude(args: argparse.Namespace, saver: Saver, rows: list[dict[str, Any]])
     picture = saver.folder / report.CURVES_NAME
     if picture.is_file():
         _logger.info("curves: %s", picture)
-    _logger.info("to validate: python validate.py --checkpoint %s", saver.best_file())
+    _logger.info("to validate: %s --checkpoint %s", validate_command(), saver.best_file())
     print(f"--result\n{json.dumps({'best': saver.best, 'last': rows[-1] if rows else {}})}")
+
+
+def validate_command() -> str:
+    """How to start validate.py from here, with a path to each of the two that is not at hand."""
+    # A virtual environment that is used but not activated is not what `python` means to the user.
+    elsewhere = sys.prefix not in (sys.base_prefix, os.environ.get("VIRTUAL_ENV"))
+    script = Path(__file__).resolve().with_name("validate.py")
+    if script.parent == Path.cwd():
+        script = Path(script.name)
+    return shlex.join([sys.executable if elsewhere else "python", str(script)])
 
 
 if __name__ == "__main__":

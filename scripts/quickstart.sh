@@ -3,5 +3,8 @@
 # Further arguments go to train.py.
 set -euo pipefail
 QNA_TIMM_EXTRAS=${QNA_TIMM_EXTRAS:-train}
+start=$PWD
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
-exec "$PYTHON" train.py --config configs/quickstart.yaml "$@"
+root=$PWD
+cd -- "$start" # paths among the arguments, and the run folder, are the caller's
+exec "$PYTHON" "$root/train.py" --config "$root/configs/quickstart.yaml" "$@"

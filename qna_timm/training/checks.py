@@ -93,6 +93,12 @@ def _check_precision(args: Namespace, origins: Origins) -> None:
             f"{origins['torchcompile']}: torch.compile has no backend '{backend}', "
             f"expected one like inductor or eager{closest(backend, known)}"
         )
+    if backend and args.torchcompile_mode:
+        mode = args.torchcompile_mode
+        _attempt(
+            origins["torchcompile_mode"],
+            lambda: torch.compile(torch.nn.Identity(), backend=backend, mode=mode),
+        )
 
 
 def _check_data_dir(args: Namespace, origins: Origins) -> None:
@@ -106,6 +112,11 @@ def _check_data_dir(args: Namespace, origins: Origins) -> None:
         if kind == "torch":
             raise UsageError(f"--data-dir: '{args.dataset}' needs a folder to be in")
         return
+    if kind == "sklearn":
+        raise UsageError(
+            f"{origins['data_dir']}: '{args.data_dir}' would not be read, {args.dataset} is built "
+            "in; give --dataset '' too for a dataset of folders"
+        )
     # A set that is downloaded makes its own folder, and the other kinds may name an address.
     if kind == "" or (kind == "torch" and not args.dataset_download):
         _check_path(args, origins, "data_dir")

@@ -8,13 +8,14 @@ import argparse
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 from PIL import Image
 from timm.data import create_dataset
+from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
@@ -45,6 +46,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
+_MOST_NAMES_SHOWN = 5
 _TORCH_TWO_SPLITS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 _TORCH_FOLDERS = ("image_folder", "folder")
 _DOWNLOADABLE = tuple(
@@ -163,18 +165,20 @@ def _open_folder(args: argparse.Namespace, split: str, is_training: bool) -> Dat
             f"{root} holds images directly; put them in one folder per class, "
             f"for example {root}/cat and {root}/dog"
         )
-    _report_merged_classes(dataset)
+    if isinstance(dataset.reader, ReaderImageFolder):
+        folders = {os.path.dirname(path) for path, _ in dataset.reader.samples}
+        _report_merged_classes(folders)
+        if is_training:
+            _report_passed_over(root, folders)
     return dataset
 
 
-def _report_merged_classes(dataset: Dataset) -> None:
+def _report_merged_classes(folders: Iterable[str]) -> None:
     """timm names a class by the last folder only, so two folders can be one class."""
-    if not isinstance(dataset.reader, ReaderImageFolder):
-        return
-    folders: dict[str, set[str]] = {}
-    for folder in {os.path.dirname(path) for path, _ in dataset.reader.samples}:
-        folders.setdefault(os.path.basename(folder), set()).add(folder)
-    for name, places in folders.items():
+    by_name: dict[str, set[str]] = {}
+    for folder in folders:
+        by_name.setdefault(os.path.basename(folder), set()).add(folder)
+    for name, places in by_name.items():
         if len(places) > 1:
             _logger.warning(
                 "class %r is the name of %d folders: %s",
@@ -182,6 +186,24 @@ def _report_merged_classes(dataset: Dataset) -> None:
                 len(places),
                 ", ".join(sorted(places)),
             )
+
+
+def _report_passed_over(root: str, folders: Iterable[str]) -> None:
+    """timm makes no class of a folder whose images are missing or of another kind."""
+    used = {os.path.relpath(folder, root).split(os.sep)[0] for folder in folders}
+    unused = sorted(
+        entry.name
+        for entry in os.scandir(root)
+        if entry.is_dir() and entry.name not in used and not entry.name.startswith(".")
+    )
+    if unused:
+        _logger.warning(
+            "%s: folders without images (%s) make no class: %s%s",
+            root,
+            " ".join(get_img_extensions()),
+            ", ".join(unused[:_MOST_NAMES_SHOWN]),
+            ", ..." if len(unused) > _MOST_NAMES_SHOWN else "",
+        )
 
 
 def _open_reader(args: argparse.Namespace, split: str, is_training: bool) -> Dataset:

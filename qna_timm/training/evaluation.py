@@ -26,8 +26,12 @@ def _logits_of(output: Tensor | Sequence[Tensor]) -> Tensor:
     return output[0] if isinstance(output, list | tuple) else output
 
 
-def _check_labels(target: Tensor, num_classes: int) -> None:
-    """Says what an out-of-range label means; the losses say it badly, on CUDA not at all."""
+def check_labels(target: Tensor, num_classes: int) -> None:
+    """Says what an out-of-range label means; the losses say it badly, on CUDA not at all.
+
+    Raises:
+        UsageError: a label of `target` [B] is none of `num_classes` classes.
+    """
     low, high = int(target.min()), int(target.max())
     if low < 0:
         raise UsageError("the split has images without labels, so there is nothing to compare with")
@@ -100,7 +104,7 @@ def evaluate(
             logits = logits[:, valid_labels]
         if len(target):
             if always_check or step == 0:
-                _check_labels(target, logits.shape[1])
+                check_labels(target, logits.shape[1])
             for observer in watching:
                 observer.update(logits.float(), target)
         if progress is not None:

@@ -170,12 +170,16 @@ def _epoch_sampler(
     Raises:
         UsageError: less than one step, or a flag that streams cannot follow.
     """
+    rank, world_size = process_place()
     if isinstance(dataset, IterableDataset):
         if args.aug_repeats or num_aug_splits > 1:
             flag = "--aug-repeats" if args.aug_repeats else "--aug-splits"
             raise UsageError(f"{flag} needs a dataset with random access, not {args.dataset!r}")
+        # A stream goes round until it has filled a batch.
+        images = getattr(getattr(dataset, "reader", None), "num_samples", None)
+        if images and images < args.batch_size * world_size:
+            raise _too_large_batch(args.batch_size, world_size, images)
         return None
-    rank, world_size = process_place()
     sampler = EpochSampler(
         len(dataset),
         args.batch_size,
@@ -186,14 +190,18 @@ def _epoch_sampler(
         aug_repeats=args.aug_repeats,
     )
     if not sampler.num_steps:
-        step = f"{args.batch_size}"
-        if world_size > 1:
-            step += f" x {world_size} processes = {args.batch_size * world_size} images a step"
-        raise UsageError(
-            f"--batch-size {step} is larger than the training set of {len(dataset)} images; "
-            f"use --batch-size {max(1, len(dataset) // world_size)} or less"
-        )
+        raise _too_large_batch(args.batch_size, world_size, len(dataset))
     return sampler
+
+
+def _too_large_batch(batch_size: int, world_size: int, images: int) -> UsageError:
+    step = f"{batch_size}"
+    if world_size > 1:
+        step += f" x {world_size} processes = {batch_size * world_size} images a step"
+    return UsageError(
+        f"--batch-size {step} is larger than the training set of {images} images; "
+        f"use --batch-size {max(1, images // world_size)} or less"
+    )
 
 
 def create_train_loader(

@@ -18,9 +18,11 @@ from torch.optim import Optimizer
 
 from qna_timm.training.data import ImageLoader
 from qna_timm.training.distributed import Processes, sum_over_processes
+from qna_timm.training.evaluation import check_labels
 from qna_timm.training.optim import current_lr
 from qna_timm.training.progress import Progress
 from qna_timm.training.task import TrainTask
+from qna_timm.training.views import class_names_of
 
 _logger = logging.getLogger(__name__)
 
@@ -128,6 +130,8 @@ class Trainer:
         self.num_updates = epoch * num_updates(self.args, len(loader))
         self._set_mixing(loader, epoch)
         self.task.get_trainable_module().train()
+        # Data that does not name its classes is only now seen to have too many for the model.
+        unnamed = hasattr(loader, "dataset") and class_names_of(loader.dataset) is None
         mean = LossMean(self.processes.device)
         self.optimizer.zero_grad()
         with Progress(
@@ -143,6 +147,8 @@ class Trainer:
                 zip(batches, groups, strict=False)
             ):
                 images = len(input)
+                if unnamed and target.ndim == 1:  # mixing in the loader makes soft targets
+                    check_labels(target, self.task.num_classes)
                 losses = self._forward_backward(input, target, group, closes)
                 mean.add(losses, images)
                 if closes:

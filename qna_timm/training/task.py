@@ -60,6 +60,11 @@ class TrainTask(ClassificationTask):
             "output": output,
         }
 
+    @property
+    def num_classes(self) -> int:
+        """Classes that the model tells apart."""
+        return unwrap_model(self.get_trainable_module()).num_classes
+
     def post_step(self) -> None:
         """Called after every update that changed the weights, before they are averaged."""
 

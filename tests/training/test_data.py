@@ -7,6 +7,7 @@ import random
 import shutil
 import tarfile
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from timm.data import FastCollateMixup
 from timm.data.loader import PrefetchLoader
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from qna_timm.training import data, loaders, posterize
 from qna_timm.training.errors import UsageError
@@ -173,6 +174,7 @@ class TestTrainLoader:
             assert_same(batches(workers, epoch), epochs[epoch])
         assert not torch.equal(batches(self.loader("--seed", "43"), 0)[0], epochs[0][0])
 
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create")
     def test_unchosen_workers_are_no_more_than_the_cores(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -187,6 +189,19 @@ class TestTrainLoader:
         assert loader._inner.num_workers == 1
         args.given["workers"] = args.workers = 2
         assert data.create_train_loader(dataset, args, CONFIG, device=CPU)._inner.num_workers == 2
+
+    def test_batch_larger_than_a_stream(self) -> None:
+        """Streams repeat themselves to fill a batch, so their length has to be asked for."""
+
+        class Stream(IterableDataset):
+            reader = Namespace(num_samples=36)
+
+            def __iter__(self) -> Iterator:
+                return iter(())
+
+        args = digits_args("-b", "37")
+        with pytest.raises(UsageError, match=r"--batch-size 37 is larger .* 36 images"):
+            data.create_train_loader(Stream(), args, CONFIG, device=CPU)
 
     def test_multi_epochs_loader_keeps_the_order_also_when_left_early(self) -> None:
         plain, multi = self.loader(), self.loader("--use-multi-epochs-loader", "-j", "1")
@@ -312,6 +327,15 @@ class TestFolders:
         flat = shutil.copytree(root / "train", root / "pictures")
         with pytest.raises(UsageError, match=r"--train-split 'train'.*ant, bee, cat"):
             self.open(flat)
+
+    def test_folder_without_images_is_told(
+        self, root: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (root / "train" / "dog").mkdir()
+        (root / "train" / "dog" / "1.webp").touch()
+        train, _ = self.open(root)
+        assert data.dataset_classes(train) == (3, list(CLASSES))
+        assert "folders without images (.png .jpg .jpeg) make no class: dog" in caplog.text
 
     def test_same_class_name_in_two_places(
         self, root: Path, caplog: pytest.LogCaptureFixture

@@ -79,6 +79,17 @@ def test_unknown_compiler(parse):
     argv = ["--torchcompile", "inducter"]
     with pytest.raises(UsageError, match=r"no backend 'inducter'.* did you mean 'inductor'"):
         parse(*argv) if parse is train else parse(argv)
+    argv = ["--torchcompile", "--torchcompile-mode", "fast"]
+    with pytest.raises(UsageError, match=r"--torchcompile-mode: .*mode=fast.*max-autotune"):
+        parse(*argv) if parse is train else parse(argv)
+
+
+def test_folder_beside_the_builtin_data_is_refused(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "dataset: sklearn/digits\n")
+    with pytest.raises(UsageError, match=r"--data-dir: '.*' would not be read"):
+        train("-c", recipe, "--data-dir", tmp_path)
+    with pytest.raises(UsageError, match=r"--data-dir: '.*' would not be read"):
+        parse_validate_args([str(tmp_path), "--dataset", "sklearn/digits"])
 
 
 def test_named_data_leaves_the_quickstart_out(tmp_path):

@@ -5,6 +5,8 @@ import importlib.util
 import itertools
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +216,17 @@ def test_clipping(mode: str, bound: float | None) -> None:
         assert (moved[0] <= 1e-3 * rows.norm() * 1.01) and moved[2] > 1e-2, "the head is exempt"
 
 
+def test_labels_beyond_the_model_are_told() -> None:
+    """In data that does not name its classes they are seen only when they come."""
+    data = [(torch.zeros(4, 5), torch.tensor([0, 1, 2, 3]))]
+    loader = type("Loader", (list,), {"dataset": object()})(data)
+    model = linear()
+    model.num_classes = 3
+    trainer, _ = trainer_for(model)
+    with pytest.raises(UsageError, match=r"the label 3, but the model only 3 .*--num-classes 4"):
+        trainer.train_epoch(loader, 0, "train")
+
+
 def test_learning_rate_scaling() -> None:
     base = ["--dataset", "sklearn/digits", "--device", "cpu", "--lr-base", "0.1"]
     for argv, expected in [
@@ -289,7 +302,9 @@ def test_run_folder_and_what_it_reproduces(
     assert "16 images per process x 1 process(es) x 1 accumulation = 16 per update" in log
     assert "sklearn/digits: 1,438 training and 64 validation images, 10 classes" in log
     best = folder / "best"
-    assert f"python validate.py --checkpoint {best}" in output.err
+    command = re.search(r"to validate: (.*)", output.err)[1].split()
+    assert shutil.which(command[0]) and Path(command[1]).samefile(ROOT / "validate.py")
+    assert command[2:] == ["--checkpoint", f"{best}.safetensors"]
     assert f"curves: {folder / 'curves.png'}" in output.err
     assert output.out.startswith("--result\n{")
 
