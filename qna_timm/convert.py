@@ -269,7 +269,11 @@ def _flax_to_ours(arrays: Mapping[str, Any], model: "QnAViT") -> dict[str, Tenso
             unknown.append(path)
             continue
         name, layout = found
-        tensor = torch.as_tensor(np.array(array))
+        if isinstance(array, np.ndarray):  # a copy of its own, in the machine's byte order
+            array = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+        tensor = torch.as_tensor(array)
+        if not tensor.is_floating_point():
+            raise ConversionError(f"{path} holds {tensor.dtype}, not floating-point numbers")
         layer = _attention_layer(name, model)
         heads = getattr(layer, "num_queries", 1), getattr(layer, "num_heads", 1)
         try:
@@ -296,7 +300,9 @@ def _table_sizes(module: Any, rows: int) -> tuple[tuple[int, int], tuple[int, in
 def _resize_tables(state_dict: dict[str, Tensor], model: "QnAViT") -> None:
     for name, tensor in state_dict.items():
         prefix, _, leaf = name.rpartition(".")
-        if leaf not in ("rel_pos_bias", "query_weight", "pos_embed") or tensor.shape[0] == 1:
+        if leaf not in ("rel_pos_bias", "query_weight", "pos_embed"):
+            continue
+        if tensor.ndim == 0 or tensor.shape[0] < 2:
             continue
         try:
             module = model.get_submodule(prefix)
@@ -307,20 +313,37 @@ def _resize_tables(state_dict: dict[str, Tensor], model: "QnAViT") -> None:
             state_dict[name] = resize_offset_table(tensor, *sizes)
 
 
-def _check_fit(state_dict: dict[str, Tensor], model: "QnAViT") -> None:
-    """Compare with the model; the classifier may differ in its number of classes, and the stem in
-    its channels, which timm adapts."""
-    expected = model.state_dict()
+_HEAD_NAMES = ("head.fc.weight", "head.fc.bias")
+_FIRST_CONV = "stem.conv.weight"
+
+
+def _num_classes(state_dict: Mapping[str, Tensor]) -> int:
+    weight = state_dict.get("head.fc.weight")
+    return 0 if weight is None or weight.ndim == 0 else weight.shape[0]
+
+
+def _check_fit(state_dict: dict[str, Tensor], model: "QnAViT", exact: bool) -> None:
+    """Compare with the model. A classifier of another number of classes is not compared, and
+    unless exact the stem may have other channels: timm drops the one and adapts the other."""
+    expected = {k: v.shape for k, v in model.state_dict().items()}
+    shapes = {k: v.shape for k, v in state_dict.items()}
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    adapted = {f"{cfg.get('first_conv', 'stem.conv')}.weight", "head.fc.weight", "head.fc.bias"}
-    optional = {"head.fc.weight", "head.fc.bias"}
-    missing = [k for k in expected if k not in state_dict and k not in optional]
-    missing = [k for k in missing if not k.endswith("num_batches_tracked")]
-    extra = [k for k in state_dict if k not in expected and k not in optional]
+    head = [shapes[k] for k in _HEAD_NAMES if k in shapes]
+    optional = set(_HEAD_NAMES) if len(head) != 1 else set()
+    missing = [k for k in {**expected, **dict.fromkeys(_HEAD_NAMES)} if k not in shapes]
+    missing = [k for k in missing if k not in optional and not k.endswith("num_batches_tracked")]
+    extra = [k for k in shapes if k not in expected and k not in _HEAD_NAMES]
+    if _num_classes(state_dict) != model.num_classes:
+        expected = {k: v for k, v in expected.items() if k not in _HEAD_NAMES}
+        if len(head) == 2:
+            expected["head.fc.bias"] = head[0][:1]
+    first = expected.get(_FIRST_CONV)
+    if not exact and first is not None and len(shapes.get(_FIRST_CONV, ())) == len(first):
+        expected[_FIRST_CONV] = torch.Size((first[0], shapes[_FIRST_CONV][1], *first[2:]))
     wrong = [
-        f"{k} {tuple(v.shape)} for {tuple(expected[k].shape)}"
-        for k, v in state_dict.items()
-        if k in expected and k not in adapted and v.shape != expected[k].shape
+        f"{k} {tuple(v)} for {tuple(expected[k])}"
+        for k, v in shapes.items()
+        if k in expected and v != expected[k]
     ]
     parts = [
         f"{what}: {_some(names)}"
@@ -338,8 +361,7 @@ def _declare_classes(state_dict: dict[str, Tensor], model: "QnAViT") -> None:
     timm compares the model's number with the cfg's and drops the classifier where they differ, in
     silence and whatever the file holds.
     """
-    weight = state_dict.get("head.fc.weight")
-    found = 0 if weight is None else weight.shape[0]
+    found = _num_classes(state_dict)
     cfg = getattr(model, "pretrained_cfg", None)
     if cfg:
         cfg["num_classes"] = found
@@ -350,13 +372,16 @@ def _declare_classes(state_dict: dict[str, Tensor], model: "QnAViT") -> None:
         )
 
 
-def qna_vit_state_dict(state_dict: Mapping[str, Any], model: "QnAViT") -> dict[str, Tensor]:
+def qna_vit_state_dict(
+    state_dict: Mapping[str, Any], model: "QnAViT", exact: bool = False
+) -> dict[str, Tensor]:
     """QnA-ViT parameters under the model's names and in its shapes.
 
     Args:
         state_dict: Released names (`read_flax_checkpoint`) or ours; ours pass unchanged but for
             tables of another window or kernel size, which are resized.
         model: The model they are for.
+        exact: Resize nothing: tables of another size are tensors of the wrong shape.
 
     Raises:
         ConversionError: tensors missing, unknown or of the wrong shape.
@@ -365,9 +390,10 @@ def qna_vit_state_dict(state_dict: Mapping[str, Any], model: "QnAViT") -> dict[s
         converted = _flax_to_ours(state_dict, model)
     else:
         converted = dict(state_dict)
-    _resize_tables(converted, model)
+    if not exact:
+        _resize_tables(converted, model)
     if "stem.bn.running_mean" in converted:
         converted.setdefault("stem.bn.num_batches_tracked", torch.tensor(0))
-    _check_fit(converted, model)
+    _check_fit(converted, model, exact)
     _declare_classes(converted, model)
     return converted

@@ -57,6 +57,8 @@ def _check_args(args: argparse.Namespace) -> None:
         )
     if args.out.suffix != ".safetensors":
         raise UsageError(f"--out {args.out}: the name must end in .safetensors")
+    if args.out.is_dir():
+        raise UsageError(f"--out {args.out}: is a folder")
     if not args.out.parent.is_dir():
         raise UsageError(f"--out {args.out}: no such folder {args.out.parent}")
     if args.num_classes is not None and args.num_classes < 0:
@@ -76,6 +78,23 @@ def _describe(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
     }
 
 
+def _create_model(args: argparse.Namespace, num_classes: int) -> QnAViT:
+    """On the meta device: names and shapes are all that is asked of it."""
+    try:
+        model = timm.create_model(
+            args.model, num_classes=num_classes, device="meta", **args.model_kwargs
+        )
+    except TypeError as error:
+        name = str(error).split("'")[1] if "unexpected keyword" in str(error) else ""
+        near = closest(name, inspect.signature(QnAViT).parameters)
+        raise UsageError(f"--model-kwargs {args.model_kwargs}: {error}{near}") from None
+    except (ValueError, LookupError, RuntimeError, ArithmeticError, AssertionError) as error:
+        raise UsageError(f"--model-kwargs {args.model_kwargs}: {error}") from None
+    if not isinstance(model, QnAViT):
+        raise UsageError(f"--model-kwargs {args.model_kwargs}: features_only cannot be converted")
+    return model
+
+
 def main(argv: list[str] | None = None) -> None:
     """Read, convert, check against the model, write."""
     args = parse_args(argv)
@@ -83,18 +102,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         arrays = read_flax_checkpoint(args.checkpoint)
         head = arrays.get("ClassificationHead_0/head_logits/bias")
-        found = 0 if head is None else len(head)
-        # the meta device: names and shapes are all that is asked of the model
-        model = timm.create_model(args.model, num_classes=found, device="meta", **args.model_kwargs)
-        state_dict = qna_vit_state_dict(arrays, model)
-    except ConversionError as error:
+        found = 0 if head is None or head.ndim == 0 else len(head)
+        model = _create_model(args, found)
+        state_dict = qna_vit_state_dict(arrays, model, exact=True)
+    except (ConversionError, OSError) as error:
         raise UsageError(f"{args.checkpoint}: {error}") from None
-    except TypeError as error:
-        name = str(error).split("'")[1] if "unexpected keyword" in str(error) else ""
-        near = closest(name, inspect.signature(QnAViT).parameters)
-        raise UsageError(f"--model-kwargs {args.model_kwargs}: {error}{near}") from None
-    except ValueError as error:
-        raise UsageError(f"--model-kwargs {args.model_kwargs}: {error}") from None
     wanted = found if args.num_classes is None else args.num_classes
     if wanted != found:
         for name in HEAD:

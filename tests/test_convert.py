@@ -192,6 +192,25 @@ def damage(kind: str, folder: Path, tmp_path: Path) -> Path:
         write_flax(path, params)
     elif kind == "extra":
         write_flax(path, {**params, "QnAStage_0/Other_0/kernel": np.zeros((2, 2), np.float32)})
+    elif kind == "half a classifier":
+        del params["ClassificationHead_0/head_logits/kernel"]
+        write_flax(path, params)
+    elif kind == "classifier":
+        params["ClassificationHead_0/head_logits/kernel"] = np.zeros((99, 10), np.float32)
+        write_flax(path, params)
+    elif kind == "stem":
+        params["StemBlock_0/conv_1x1/kernel"] = np.zeros((7, 7, 3, 32), np.float32)
+        write_flax(path, params)
+    elif kind == "kernel size":
+        name = "QnAStage_0/QnA_Block_1/FusedKQnA_0/rpe_bias"
+        params[name] = np.zeros((49, params[name].shape[1]), np.float32)
+        write_flax(path, params)
+    elif kind == "no table":
+        params["QnAStage_0/QnA_Block_1/FusedKQnA_0/rpe_bias"] = np.zeros((), np.float32)
+        write_flax(path, params)
+    elif kind == "integers":
+        params["ClassificationHead_0/LayerNorm_0/scale"] = np.zeros(256, np.int32)
+        write_flax(path, params)
     elif kind == "shape":
         params["ClassificationHead_0/LayerNorm_0/scale"] = np.zeros(7, np.float32)
         write_flax(path, params)
@@ -211,6 +230,12 @@ def damage(kind: str, folder: Path, tmp_path: Path) -> Path:
         ("missing", "missing: 1 (stages.1.blocks.0.attn.query)"),
         ("extra", "1 (QnAStage_0/Other_0/kernel) tensors unknown"),
         ("shape", "wrong shape: 1 (norm.weight (7,) for (256,))"),
+        ("half a classifier", "missing: 1 (head.fc.weight)"),
+        ("classifier", "wrong shape: 1 (head.fc.weight (10, 99) for (10, 256))"),
+        ("stem", "wrong shape: 1 (stem.conv.weight (32, 3, 7, 7) for (32, 3, 4, 4))"),
+        ("kernel size", "stages.0.blocks.0.attn.rel_pos_bias (49, 2, 4) for (9, 2, 4)"),
+        ("no table", "stages.0.blocks.0.attn.rel_pos_bias () for (9, 2, 4)"),
+        ("integers", "LayerNorm_0/scale holds torch.int32, not floating-point numbers"),
         ("nowhere", "no such file or folder"),
     ],
 )
@@ -230,6 +255,8 @@ def test_files_that_do_not_fit(kind: str, message: str, folder: Path, tmp_path: 
     [
         (["--model", "qna_vit_tiny"], "the checkpoint is not one of qna_vit_tiny: missing: "),
         (["--model", "qna_vit_tin"], "did you mean 'qna_vit_tiny'"),
+        (["--model", "qna_vit_tiny", "--model-kwargs", "qna_num_heads=1,2"], "qna_num_heads must"),
+        (["--model", "qna_vit_tiny", "--model-kwargs", "act_layer=foo"], "--model-kwargs {'act_"),
         (["--model", "resnet50"], "--model resnet50: no converter for this model"),
         (["--model", "qna_vit_tiny", "--num-classes", "-1"], "--num-classes -1: must be 0 or more"),
         (["--model", "qna_vit_tiny", "--model-kwargs", "embed_dm=3"], "did you mean 'embed_dim'"),
