@@ -303,6 +303,9 @@ def test_batch_norm_averages_the_biased_variance() -> None:
 @pytest.mark.parametrize(
     "kwargs, message",
     [
+        (dict(num_heads=0), "num_heads must be at least 1, got 0"),
+        (dict(num_heads=2, kernel_size=0), "kernel_size must be at least 1, got 0"),
+        (dict(num_heads=2, padding=3), r"padding must be in 0..2, got 3"),
         (dict(num_heads=3), "num_heads must divide dim_attn=8, got 3"),
         (dict(num_heads=2, pos_embed="contextual"), r"'relative', 'absolute', 'none'.*contextual"),
         (dict(num_heads=2, query_weight="one"), "query_weight must be one of .*got 'one'"),

@@ -421,6 +421,13 @@ def test_script_and_trace_agree() -> None:
         (dict(down_shortcut="max"), "down_shortcut must be 'conv' or 'avgpool', got 'max'"),
         (dict(window_size=(4, 4)), "one entry for each of 4 stages"),
         (dict(window_size=0), "window_size must be positive"),
+        (dict(qna_num_heads=(4, 8)), r"qna_num_heads must be .* of 4 stages, got \(4, 8\)"),
+        (dict(window_num_heads=(-1, 2, 4, 8)), "window_num_heads must be a number of at least 0"),
+        (dict(kernel_size=0), "kernel_size must be a number of at least 1"),
+        (dict(normalize_query=(True,)), "normalize_query must be one value or 4"),
+        (dict(qna_depths=(1, 1, 1, -1)), "qna_depths and window_depths must not be negative"),
+        (dict(embed_dim=-8), "embed_dim must be at least 1, got 3 and -8"),
+        (dict(window_pos_embed="absolute"), "'relative' or 'none', got 'absolute'"),
         (dict(window_depths=(1, 1)), "must have one entry a stage"),
     ],
 )

@@ -85,6 +85,17 @@ class LearnedQueryAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         dim_attn = dim_attn or dim
+        padding = (kernel_size - 1) // 2 if padding is None else padding
+        for name, number in (
+            ("num_heads", num_heads),
+            ("kernel_size", kernel_size),
+            ("stride", stride),
+            ("num_queries", num_queries),
+        ):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if not 0 <= padding < kernel_size:
+            raise ValueError(f"padding must be in 0..{kernel_size - 1}, got {padding}")
         if dim_attn % num_heads:
             raise ValueError(f"num_heads must divide dim_attn={dim_attn}, got {num_heads}")
         if pos_embed not in POS_EMBED_KINDS:
@@ -98,7 +109,7 @@ class LearnedQueryAttention(nn.Module):
         self.head_dim = dim_attn // num_heads
         self.kernel_size = (kernel_size, kernel_size)
         self.stride = stride
-        self.padding = (kernel_size - 1) // 2 if padding is None else padding
+        self.padding = padding
         self.pos_embed_kind = pos_embed
         self.query_weight_kind = query_weight
         self.normalize = normalize

@@ -95,7 +95,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         dim_attn = dim_attn or dim
-        if dim_attn % num_heads:
+        if num_heads < 1 or dim_attn % num_heads:
             raise ValueError(f"num_heads must divide dim_attn={dim_attn}, got {num_heads}")
         self.num_heads = num_heads
         self.window_size = window_size

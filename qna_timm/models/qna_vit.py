@@ -108,6 +108,16 @@ def drop_path_rates(
     return rates if downsample else [[*stage, 0.0] for stage in rates]
 
 
+def _check_stages(num_stages: int, minimum: int, **numbers: Sequence[int]) -> None:
+    """One number of at least the minimum for each stage, of each argument."""
+    for name, values in numbers.items():
+        if len(values) != num_stages or min(values) < minimum:
+            raise ValueError(
+                f"{name} must be a number of at least {minimum} for each of {num_stages} stages, "
+                f"got {values}"
+            )
+
+
 class QnAViT(nn.Module):
     """QnA-ViT, on images of any size.
 
@@ -115,7 +125,7 @@ class QnAViT(nn.Module):
     window-attention blocks, then learned-query ("QnA") blocks; a strided QnA block leads into the
     next stage. Maps are channels-last throughout.
 
-    Image sizes: at 224 the function is the released one, bit for bit up to rounding. Sides that 4
+    Image sizes: at 224 the function is the released one up to rounding. Sides that 4
     does not divide are zero-padded by the stem, split over both sides; odd maps are halved
     rounding up. Window attention pads its map at the bottom and right up to whole windows, and
     no token attends to padding; a map smaller than a window is one window. So `model(x)` takes any
@@ -199,6 +209,29 @@ class QnAViT(nn.Module):
                 f"qna_depths and window_depths must have one entry a stage, got {qna_depths} and "
                 f"{window_depths}"
             )
+        if min(*qna_depths, *window_depths) < 0:
+            raise ValueError(
+                f"qna_depths and window_depths must not be negative, got {qna_depths} and "
+                f"{window_depths}"
+            )
+        if min(in_chans, embed_dim) < 1:
+            raise ValueError(
+                f"in_chans and embed_dim must be at least 1, got {in_chans} and {embed_dim}"
+            )
+        if window_pos_embed not in ("relative", "none"):
+            raise ValueError(
+                f"window_pos_embed must be 'relative' or 'none', got {window_pos_embed!r}"
+            )
+        kernels = to_ntuple(num_stages)(kernel_size)
+        _check_stages(num_stages, 1, kernel_size=kernels)
+        _check_stages(  # 0 where a stage has no such blocks
+            num_stages, 0, qna_num_heads=qna_num_heads, window_num_heads=window_num_heads
+        )
+        normalize = to_ntuple(num_stages)(normalize_query)
+        if len(normalize) != num_stages:
+            raise ValueError(
+                f"normalize_query must be one value or {num_stages}, got {normalize_query}"
+            )
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.output_fmt = "NHWC"
@@ -234,8 +267,6 @@ class QnAViT(nn.Module):
             raise ValueError(f"stem_type must be one of {list(stems)}, got {stem_type!r}")
         self.stem = stems[stem_type](in_chans, embed_dim, **dd)
 
-        kernels = to_ntuple(num_stages)(kernel_size)
-        normalize = to_ntuple(num_stages)(normalize_query)
         rates = drop_path_rates(drop_path_rate, qna_depths, window_depths, drop_path_downsample)
         stages = []
         for i, info in enumerate(self.feature_info):
