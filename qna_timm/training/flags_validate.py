@@ -60,7 +60,13 @@ _MODEL = (
 
 _INPUT = (
     Flag("-b --batch-size", int, 256, "Images per process and step.", rule=POSITIVE),
-    Flag("-j --workers", int, 4, "Loader processes per process.", rule=NOT_NEGATIVE),
+    Flag(
+        "-j --workers",
+        int,
+        4,
+        "Loader processes per process; when not given no more than cores.",
+        rule=NOT_NEGATIVE,
+    ),
     Flag("--img-size", int, None, "Side of the square input, in pixels.", rule=POSITIVE),
     Flag("--input-size", int, None, "Channels, height and width of the input.", 3, rule=POSITIVE),
     Flag("--use-train-size", bool, False, "Use the model's training size, not its test size."),
