@@ -49,16 +49,20 @@ def tiled_window_attention(
     batch, height, width, channels = qkv.shape
     # a map smaller than the window is a window of its own: same pairs, same biases
     window = (min(window_size[0], height), min(window_size[1], width))
-    pad_h = (window[0] - height % window[0]) % window[0]
-    pad_w = (window[1] - width % window[1]) % window[1]
+    # Sizes are products of counts, and no reshape infers one: with symbolic sizes (compiling for
+    # any size) proving divisibility takes minutes.
+    rows = (height + window[0] - 1) // window[0]
+    cols = (width + window[1] - 1) // window[1]
+    pad_h = rows * window[0] - height
+    pad_w = cols * window[1] - width
     qkv = F.pad(qkv, [0, 0, 0, pad_w, 0, pad_h])
-    rows = (height + pad_h) // window[0]
-    cols = (width + pad_w) // window[1]
     tokens = window[0] * window[1]
     head_dim = channels // (3 * num_heads)
     qkv = qkv.view(batch, rows, window[0], cols, window[1], 3, num_heads, head_dim)
     # 3, B, rows, cols, h, wy, wx, d -> 3, B, windows*h, N, d
-    qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch, -1, tokens, head_dim)
+    qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(
+        3, batch, rows * cols * num_heads, tokens, head_dim
+    )
     q, k, v = qkv.unbind(0)
 
     mask: Tensor | None = None
@@ -79,5 +83,6 @@ def tiled_window_attention(
             attn = attn + mask
         out = attn.softmax(dim=-1) @ v
     out = out.view(batch, rows, cols, num_heads, window[0], window[1], head_dim)
-    out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * window[0], cols * window[1], -1)
+    out = out.permute(0, 1, 4, 2, 5, 3, 6)
+    out = out.reshape(batch, rows * window[0], cols * window[1], num_heads * head_dim)
     return out[:, :height, :width]
