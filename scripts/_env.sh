@@ -15,14 +15,14 @@ if [ ! -x "$PYTHON" ] || ! grep -qsx -e "$stamp $extras" -e "$stamp dev" "$venv/
     if [ -z "$base" ]; then
         for name in python3 python3.13 python3.12 python3.11 python3.10; do
             if command -v "$name" >/dev/null 2>&1 &&
-                "$name" -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
+                "$name" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
                 base=$name
                 break
             fi
         done
     fi
     if [ -z "$base" ]; then
-        echo "no Python 3.10 to 3.13 with venv found; name one with QNA_TIMM_PYTHON=/path/to/python3" >&2
+        echo "no Python 3.10 to 3.13 with venv and ensurepip found; name one with QNA_TIMM_PYTHON=/path/to/python3" >&2
         exit 2
     fi
     echo "installing qna_timm[$extras] into $venv (once; downloads PyTorch)"
