@@ -7,4 +7,5 @@ start=$PWD
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 root=$PWD
 cd -- "$start" # paths among the arguments, and the run folder, are the caller's
-exec "$PYTHON" "$root/train.py" --config "$root/configs/quickstart.yaml" "$@"
+# with no data named, train.py takes the digits and configs/quickstart.yaml's values
+exec "$PYTHON" "$root/train.py" "$@"
