@@ -147,6 +147,14 @@ def test_depthwise_up_to_its_limit() -> None:
     single[0] = single[0] * 1.5
     with pytest.raises(ValueError, match="spread by 16 at most"):
         qna_attention(*single, *args, "depthwise")
+    with torch.no_grad():  # the output alone stands more
+        tensors[0] = (tensors[0] / 15.9 * 59.9).float().double()
+        single[0] = tensors[0].float()
+        wanted = qna_attention(*tensors, *args, "reference")
+        assert error(qna_attention(*single, *args, "depthwise"), wanted) < 1e-4
+        single[0] = single[0] * 1.5
+        with pytest.raises(ValueError, match="spread by 60 at most"):
+            qna_attention(*single, *args, "depthwise")
 
 
 @pytest.mark.parametrize("gap", [30.0, 50.0])

@@ -2,6 +2,13 @@
 
 from qna_timm.layers.qna_attn import LearnedQueryAttention, LearnedQueryPool
 from qna_timm.layers.qna_block import Block, BlockArgs, qna_block, window_block
+from qna_timm.layers.qna_stage import (
+    QnAStage,
+    StageArgs,
+    check_depths,
+    drop_path_rates,
+    plan_stages,
+)
 from qna_timm.layers.stem import BiasedBatchNorm2d, PatchStem, ResNetStem
 from qna_timm.layers.window_attn import WindowAttention, scale_windows, stage_windows
 
@@ -12,8 +19,13 @@ __all__ = [
     "LearnedQueryAttention",
     "LearnedQueryPool",
     "PatchStem",
+    "QnAStage",
     "ResNetStem",
+    "StageArgs",
     "WindowAttention",
+    "check_depths",
+    "drop_path_rates",
+    "plan_stages",
     "qna_block",
     "scale_windows",
     "stage_windows",

@@ -12,18 +12,14 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
-    calculate_drop_path_rates,
     get_act_layer,
     get_device_dtype,
     get_norm_layer,
     to_2tuple,
-    to_ntuple,
 )
 from timm.layers.weight_init import lecun_normal_
 from timm.models import (
     build_model_with_cfg,
-    checkpoint,
-    checkpoint_seq,
     generate_default_cfgs,
     named_apply,
     register_model,
@@ -34,17 +30,19 @@ from torch import Tensor, nn
 
 from qna_timm.convert import qna_vit_state_dict
 from qna_timm.layers import (
-    Block,
     BlockArgs,
     LearnedQueryAttention,
     LearnedQueryPool,
     PatchStem,
+    QnAStage,
     ResNetStem,
+    StageArgs,
     WindowAttention,
-    qna_block,
+    check_depths,
+    drop_path_rates,
+    plan_stages,
     scale_windows,
     stage_windows,
-    window_block,
 )
 
 __all__ = ["QnAViT"]
@@ -54,68 +52,6 @@ Size2 = int | tuple[int, int]
 STEM_REDUCTION = 4
 REF_IMG_SIZE = (224, 224)
 REF_WINDOW_SIZE = (14, 14, 14, 7)
-
-
-class QnAStage(nn.Module):
-    """[strided QnA block,] window-attention blocks, QnA blocks, at one resolution."""
-
-    def __init__(
-        self,
-        dim: int,
-        qna_depth: int,
-        window_depth: int,
-        qna_num_heads: int,
-        window_num_heads: int,
-        kernel_size: int,
-        window_size: tuple[int, int],
-        normalize: bool,
-        drop_path: Sequence[float],
-        args: BlockArgs,
-        downsample: Block | None,
-    ) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample if downsample is not None else nn.Identity()
-        blocks = [
-            window_block(dim, window_num_heads, window_size, args, drop_path[i])
-            for i in range(window_depth)
-        ]
-        blocks += [
-            qna_block(dim, qna_num_heads, kernel_size, normalize, args, drop_path[i])
-            for i in range(window_depth, window_depth + qna_depth)
-        ]
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            if isinstance(self.downsample, Block):
-                x = checkpoint(self.downsample, x)
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(self.downsample(x))
-
-
-def drop_path_rates(
-    max_rate: float, qna_depths: Sequence[int], window_depths: Sequence[int], downsample: bool
-) -> list[list[float]]:
-    """Rates of each stage's window blocks, QnA blocks and outgoing strided block, rising linearly
-    in the order of execution; a strided block takes a step of the rise only with downsample."""
-    last = len(qna_depths) - 1
-    slots = [
-        window + qna + (1 if downsample and i < last else 0)
-        for i, (window, qna) in enumerate(zip(window_depths, qna_depths, strict=True))
-    ]
-    rates = calculate_drop_path_rates(max_rate, slots, stagewise=True)
-    return rates if downsample else [[*stage, 0.0] for stage in rates]
-
-
-def _check_stages(num_stages: int, minimum: int, **numbers: Sequence[int]) -> None:
-    """One number of at least the minimum for each stage, of each argument."""
-    for name, values in numbers.items():
-        if len(values) != num_stages or min(values) < minimum:
-            raise ValueError(
-                f"{name} must be a number of at least {minimum} for each of {num_stages} stages, "
-                f"got {values}"
-            )
 
 
 class QnAViT(nn.Module):
@@ -204,16 +140,7 @@ class QnAViT(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         num_stages = len(qna_depths)
-        if len(window_depths) != num_stages:
-            raise ValueError(
-                f"qna_depths and window_depths must have one entry a stage, got {qna_depths} and "
-                f"{window_depths}"
-            )
-        if min(*qna_depths, *window_depths) < 0:
-            raise ValueError(
-                f"qna_depths and window_depths must not be negative, got {qna_depths} and "
-                f"{window_depths}"
-            )
+        check_depths(qna_depths, window_depths)
         if min(in_chans, embed_dim) < 1:
             raise ValueError(
                 f"in_chans and embed_dim must be at least 1, got {in_chans} and {embed_dim}"
@@ -221,16 +148,6 @@ class QnAViT(nn.Module):
         if window_pos_embed not in ("relative", "none"):
             raise ValueError(
                 f"window_pos_embed must be 'relative' or 'none', got {window_pos_embed!r}"
-            )
-        kernels = to_ntuple(num_stages)(kernel_size)
-        _check_stages(num_stages, 1, kernel_size=kernels)
-        _check_stages(  # 0 where a stage has no such blocks
-            num_stages, 0, qna_num_heads=qna_num_heads, window_num_heads=window_num_heads
-        )
-        normalize = to_ntuple(num_stages)(normalize_query)
-        if len(normalize) != num_stages:
-            raise ValueError(
-                f"normalize_query must be one value or {num_stages}, got {normalize_query}"
             )
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -267,36 +184,25 @@ class QnAViT(nn.Module):
             raise ValueError(f"stem_type must be one of {list(stems)}, got {stem_type!r}")
         self.stem = stems[stem_type](in_chans, embed_dim, **dd)
 
-        rates = drop_path_rates(drop_path_rate, qna_depths, window_depths, drop_path_downsample)
-        stages = []
-        for i, info in enumerate(self.feature_info):
-            dim = info["num_chs"]
-            down = None
-            if i > 0:  # heads, kernel and rate of the stage it leaves
-                heads, rate = 2 * qna_num_heads[i - 1], rates[i - 1][-1]
-                down = qna_block(
-                    dim // 2, heads, kernels[i - 1], normalize[i - 1], args, rate, dim_out=dim
-                )
-            stages.append(
-                QnAStage(
-                    dim,
-                    qna_depths[i],
-                    window_depths[i],
-                    qna_num_heads[i],
-                    window_num_heads[i],
-                    kernels[i],
-                    windows[i],
-                    normalize[i],
-                    rates[i],
-                    args,
-                    down,
-                )
-            )
-        self.stages = nn.Sequential(*stages)
+        plan = plan_stages(
+            [info["num_chs"] for info in self.feature_info],
+            qna_depths,
+            window_depths,
+            qna_num_heads,
+            window_num_heads,
+            kernel_size,
+            windows,
+            normalize_query,
+            drop_path_rates(drop_path_rate, qna_depths, window_depths, drop_path_downsample),
+        )
+        befores = [None, *plan[:-1]]
+        self.stages = nn.Sequential(
+            *(QnAStage(stage, before, args) for stage, before in zip(plan, befores, strict=True))
+        )
 
         self.norm = args.norm_layer(self.num_features, **dd)
         self.head_type = head_type
-        self.attn_pool = self._build_attn_pool(head_type, qna_num_heads[-1], normalize[-1], args)
+        self.attn_pool = self._build_attn_pool(head_type, plan[-1], args)
         self.head = ClassifierHead(
             self.num_features, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd
         )
@@ -307,7 +213,7 @@ class QnAViT(nn.Module):
         return [info["reduction"] for info in self.feature_info]
 
     def _build_attn_pool(
-        self, head_type: str, num_heads: int, normalize: bool, args: BlockArgs
+        self, head_type: str, last: StageArgs, args: BlockArgs
     ) -> LearnedQueryPool | None:
         if head_type == "gap":
             return None
@@ -315,13 +221,13 @@ class QnAViT(nn.Module):
             raise ValueError(f"head_type must be 'gap', 'qna_v1' or 'qna_v2', got {head_type!r}")
         size = self._map_size(self.img_size)
         pool = LearnedQueryPool(
-            self.num_features,
-            num_heads,
+            last.dim,
+            last.qna_num_heads,
             max(size),
             num_queries=2,
             query_weight=args.query_weight,
             pos_embed=args.pos_embed,
-            normalize=normalize,
+            normalize=last.normalize,
             normalize_stop_grad=args.normalize_stop_grad,
             **(args.dd or {}),
         )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qna_timm.ops.qna_eager import MAX_SPREAD, fits_shared_shift, qna_depthwise, qna_offsets
+from qna_timm.ops.qna_eager import fits_shared_shift, max_spread, qna_depthwise, qna_offsets
 from qna_timm.ops.reference import qna_attention_reference
 from qna_timm.ops.window_attn import tiled_window_attention
 
@@ -186,7 +186,7 @@ def _choose_form(
     if impl == "depthwise":
         if not fits_shared_shift(scores, rel_pos_bias):
             raise ValueError(
-                f"impl='depthwise' needs scores and bias that spread by {MAX_SPREAD:g} at most; "
+                f"impl='depthwise' needs scores and bias that spread by {max_spread():g} at most; "
                 "use impl='auto'"
             )
         return impl

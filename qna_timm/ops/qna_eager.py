@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The gradient of a score is a difference of two sums there, good to float32's rounding of either;
-# where one token of a window has all the weight, its true value is exp(-spread) of them. 16 is
-# where that reaches the rounding, 2^-23, and no window's sum can underflow before it.
-MAX_SPREAD = 16.0
+# How far scores and bias may spread over a map for the depthwise form. Forward: a window's sum of
+# exponentials is at least exp(-spread), far above float32's smallest number. Backward: the gradient
+# of a score is a difference of two sums there, good to float32's rounding of either; where one
+# token of a window has all the weight, its true value is exp(-spread) of them, and 16 is where that
+# reaches the rounding, 2^-23.
+MAX_SPREAD = 60.0
+MAX_SPREAD_GRAD = 16.0
 
 
 def _window_max(scores: Tensor, kernel_size: tuple[int, int], stride: int) -> Tensor:
@@ -72,8 +75,14 @@ def qna_offsets(
     return out.flatten(3)
 
 
+def max_spread() -> float:
+    """The spread that the depthwise form allows now, with or without gradients."""
+    return MAX_SPREAD_GRAD if torch.is_grad_enabled() else MAX_SPREAD
+
+
 def fits_shared_shift(scores: Tensor, rel_pos_bias: Tensor | None) -> bool:
-    """Whether scores [B, H, W, Q, h] and bias [K, Q, h] spread little enough for `qna_depthwise`.
+    """Whether scores [B, H, W, Q, h] and bias [K, Q, h] spread little enough for `qna_depthwise`,
+    and for its gradients where these are recorded.
 
     Waits for the device. False where the answer cannot be had (under `torch.func.vmap`, fake
     tensors) and for scores that are not finite.
@@ -84,7 +93,7 @@ def fits_shared_shift(scores: Tensor, rel_pos_bias: Tensor | None) -> bool:
         if rel_pos_bias is not None:
             low, high = torch.aminmax(rel_pos_bias.detach().float(), dim=0)
             spread = spread + (high - low).amax()
-        return bool(spread <= MAX_SPREAD)
+        return bool(spread <= max_spread())
     except RuntimeError:
         return False
 
