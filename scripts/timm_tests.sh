@@ -2,7 +2,7 @@
 # Runs timm's own per-model tests on models of this package:
 #   scripts/timm_tests.sh [--all | MODEL...]      one of each architecture by default
 # The tests come from the source release of the installed timm; their bodies are not touched,
-# tests/contract/conftest.py only gives them our model names.
+# scripts/timm_conftest.py only gives them our model names.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 names="qna_vit_tiny"
@@ -23,7 +23,7 @@ if [ ! -f "$cache/test_models.py" ]; then
     mkdir -p "$cache"
     mv "$work/timm-$version/tests/test_models.py" "$cache/test_models.py"
 fi
-cp tests/contract/conftest.py "$cache/conftest.py"
+cp scripts/timm_conftest.py "$cache/conftest.py"
 select=$(echo "$names" | sed 's/ / or /g')
 echo "timm $version's tests of: $names"
 QNA_TIMM_CONTRACT_MODELS=$names "$PYTHON" -m pytest -q -c /dev/null --rootdir "$cache" \

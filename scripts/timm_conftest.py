@@ -1,4 +1,4 @@
-"""Runs timm's own per-model tests (fetched by scripts/timm_tests.sh) on this package's models.
+"""The conftest.py of timm's own per-model tests when they run on this package's models.
 
 The test bodies are timm's, untouched. Only the lists that parametrise them are ours: timm's
 filters by module name would leave foreign modules out of several tests.
