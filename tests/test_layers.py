@@ -113,7 +113,7 @@ def test_golden_layer(name: str) -> None:
             gradient = to_flax(layer, places[path], case["params"][path], heads)
         norm = float(np.linalg.norm(gradient))
         assert abs(norm - wanted["l2"]) <= 1e-3 * wanted["l2"] + 1e-8, path
-        bound = 1e-3 * wanted["l2"] * np.sqrt(gradient.size) + 1e-8
+        bound = 5e-3 * wanted["l2"] + 1e-8  # five deviations of a random direction
         assert abs(projection(path, gradient) - wanted["proj"]) <= bound, path
 
 

@@ -110,7 +110,6 @@ class LearnedQueryAttention(nn.Module):
         self.kernel_size = (kernel_size, kernel_size)
         self.stride = stride
         self.padding = padding
-        self.pos_embed_kind = pos_embed
         self.query_weight_kind = query_weight
         self.normalize = normalize
         self.normalize_stop_grad = normalize_stop_grad
