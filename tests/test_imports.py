@@ -12,7 +12,7 @@ PACKAGE = ROOT / "qna_timm"
 # what each layer of the house may import from this package
 ALLOWED = {
     "ops": {"ops"},
-    "convert": {"ops"},
+    "convert": {"ops", "convert"},
     "layers": {"ops", "layers"},
     "models": {"ops", "layers", "models", "convert"},
     "training": {"ops", "layers", "models", "convert", "training", "version"},

@@ -10,7 +10,7 @@ import torch
 from golden import arrays, flax_leaf, images, info, projection, relative_error, thin
 from torch import nn
 
-from qna_timm.convert import _MSA_LAYER, _QNA_LAYER, _to_layout
+from qna_timm.convert.qna import _MSA_LAYER, _QNA_LAYER, _to_layout
 from qna_timm.layers import (
     BiasedBatchNorm2d,
     LearnedQueryAttention,

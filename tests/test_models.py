@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2
 from torch.utils.flop_counter import FlopCounterMode
 
 import qna_timm
-from qna_timm.convert import _attention_layer, _qna_vit_name, _to_layout
+from qna_timm.convert.qna import _attention_layer, _qna_vit_name, _to_layout
 from qna_timm.models.qna_vit import QnAViT, checkpoint_filter_fn
 
 NAMES = ("qna_vit_tiny", "qna_vit_tiny_7x7", "qna_vit_small", "qna_vit_base")

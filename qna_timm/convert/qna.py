@@ -1,10 +1,8 @@
-"""Released checkpoints to ours: pure functions of names and tensors, one section per release.
+"""QnA-ViT's released checkpoints: Flax files, read and renamed without JAX or Flax.
 
-QnA-ViT: the authors' Flax checkpoints, one msgpack file each (`read_flax_checkpoint`), whose
-parameters become ours (`qna_vit_state_dict`) without JAX or Flax.
+One msgpack file each (`read_flax_checkpoint`), whose parameters become ours (`qna_vit_state_dict`).
 """
 
-import logging
 import math
 import re
 from collections import Counter
@@ -16,20 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qna_timm.convert.common import (
+    ConversionError,
+    declare_classes,
+    raise_misfit,
+    shape_misfits,
+    some,
+)
 from qna_timm.ops import resize_offset_table
 
 if TYPE_CHECKING:
     from qna_timm.models.qna_vit import QnAViT
-
-_logger = logging.getLogger(__name__)
-
-
-class ConversionError(ValueError):
-    """A checkpoint that cannot become this model's, told in one line."""
-
-
-def _some(names: list[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 # msgpack extension types of Flax's serialisation
@@ -282,7 +277,7 @@ def _flax_to_ours(arrays: Mapping[str, Any], model: "QnAViT") -> dict[str, Tenso
             state_dict[name] = tensor  # of another model: `_check_fit` tells its shape
     if unknown:
         raise ConversionError(
-            f"not a checkpoint of the released QnA-ViT: {_some(unknown)} tensors unknown to it"
+            f"not a checkpoint of the released QnA-ViT: {some(unknown)} tensors unknown to it"
         )
     return state_dict
 
@@ -327,7 +322,6 @@ def _check_fit(state_dict: dict[str, Tensor], model: "QnAViT", exact: bool) -> N
     unless exact the stem may have other channels: timm drops the one and adapts the other."""
     expected = {k: v.shape for k, v in model.state_dict().items()}
     shapes = {k: v.shape for k, v in state_dict.items()}
-    cfg = getattr(model, "pretrained_cfg", None) or {}
     head = [shapes[k] for k in _HEAD_NAMES if k in shapes]
     optional = set(_HEAD_NAMES) if len(head) != 1 else set()
     missing = [k for k in {**expected, **dict.fromkeys(_HEAD_NAMES)} if k not in shapes]
@@ -340,36 +334,7 @@ def _check_fit(state_dict: dict[str, Tensor], model: "QnAViT", exact: bool) -> N
     first = expected.get(_FIRST_CONV)
     if not exact and first is not None and len(shapes.get(_FIRST_CONV, ())) == len(first):
         expected[_FIRST_CONV] = torch.Size((first[0], shapes[_FIRST_CONV][1], *first[2:]))
-    wrong = [
-        f"{k} {tuple(v)} for {tuple(expected[k])}"
-        for k, v in shapes.items()
-        if k in expected and v != expected[k]
-    ]
-    parts = [
-        f"{what}: {_some(names)}"
-        for what, names in (("missing", missing), ("unknown", extra), ("wrong shape", wrong))
-        if names
-    ]
-    if parts:
-        arch = cfg.get("architecture", type(model).__name__)
-        raise ConversionError(f"the checkpoint is not one of {arch}: {'; '.join(parts)}")
-
-
-def _declare_classes(state_dict: dict[str, Tensor], model: "QnAViT") -> None:
-    """Tell timm how many classes the file has, and the user where the classifier stays fresh.
-
-    timm compares the model's number with the cfg's and drops the classifier where they differ, in
-    silence and whatever the file holds.
-    """
-    found = _num_classes(state_dict)
-    cfg = getattr(model, "pretrained_cfg", None)
-    if cfg:
-        cfg["num_classes"] = found
-    if model.num_classes not in (0, found):
-        _logger.warning(
-            f"checkpoint has {found or 'no'} classes, the model {model.num_classes}: "
-            "the classifier is fresh, the rest is loaded"
-        )
+    raise_misfit(model, missing, extra, shape_misfits(shapes, expected))
 
 
 def qna_vit_state_dict(
@@ -395,5 +360,5 @@ def qna_vit_state_dict(
     if "stem.bn.running_mean" in converted:
         converted.setdefault("stem.bn.num_batches_tracked", torch.tensor(0))
     _check_fit(converted, model, exact)
-    _declare_classes(converted, model)
+    declare_classes(_num_classes(converted), model)
     return converted
