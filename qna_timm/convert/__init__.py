@@ -1,0 +1,6 @@
+"""Released checkpoints to ours: pure functions of names and tensors, a file for each release."""
+
+from qna_timm.convert.common import ConversionError
+from qna_timm.convert.qna import qna_vit_state_dict, read_flax_checkpoint
+
+__all__ = ["ConversionError", "qna_vit_state_dict", "read_flax_checkpoint"]
