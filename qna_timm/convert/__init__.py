@@ -1,6 +1,7 @@
 """Released checkpoints to ours: pure functions of names and tensors, a file for each release."""
 
 from qna_timm.convert.common import ConversionError
+from qna_timm.convert.gramian import gramian_state_dict
 from qna_timm.convert.qna import qna_vit_state_dict, read_flax_checkpoint
 
-__all__ = ["ConversionError", "qna_vit_state_dict", "read_flax_checkpoint"]
+__all__ = ["ConversionError", "gramian_state_dict", "qna_vit_state_dict", "read_flax_checkpoint"]

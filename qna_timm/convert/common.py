@@ -1,12 +1,15 @@
 """What the converters of all releases share: their error, and checks against the model."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _logger = logging.getLogger(__name__)
+
+HEAD_NAMES = ("head.fc.weight", "head.fc.bias")
 
 
 class ConversionError(ValueError):
@@ -18,26 +21,55 @@ def some(names: list[str]) -> str:
     return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
-def raise_misfit(
-    model: Any, missing: Iterable[str], unknown: Iterable[str], wrong: Iterable[str]
-) -> None:
-    """Tell tensors that do not fit the model, if there are any.
+def num_classes_of(state_dict: Mapping[str, Tensor]) -> int:
+    """Classes of a state dict's classifier, weight [..., classes, features]; 0 without one."""
+    weight = state_dict.get("head.fc.weight")
+    return 0 if weight is None or weight.ndim < 2 else weight.shape[-2]
+
+
+def check_fit(state_dict: Mapping[str, Tensor], model: Any, exact: bool) -> None:
+    """Compare names and shapes with the model's.
+
+    A classifier of another number of classes is not compared: timm drops it.
 
     Args:
-        model: Named in the message by its architecture.
-        missing: Names of the model's tensors that the file lacks.
-        unknown: Names in the file that the model lacks.
-        wrong: Names with the shapes found and wanted.
+        state_dict: Tensors under the model's names.
+        model: The model they are for; its cfg names the first convolution.
+        exact: The first convolution must have the model's input channels, which timm would adapt.
 
     Raises:
-        ConversionError: one of the lists is not empty.
+        ConversionError: tensors missing, unknown or of the wrong shape.
     """
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in state_dict.items()}
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    head = [shapes[name] for name in HEAD_NAMES if name in shapes]
+    optional = set(HEAD_NAMES) if len(head) != 1 else set()
+    missing = [name for name in {**expected, **dict.fromkeys(HEAD_NAMES)} if name not in shapes]
+    missing = [name for name in missing if name not in optional and not _is_counter(name)]
+    unknown = [name for name in shapes if name not in expected and name not in HEAD_NAMES]
+    if num_classes_of(state_dict) != model.num_classes:
+        expected = {name: shape for name, shape in expected.items() if name not in HEAD_NAMES}
+        if len(head) == 2:
+            expected["head.fc.bias"] = head[0][:-1]
+    first = f"{cfg.get('first_conv')}.weight"
+    if not exact and first in expected and len(shapes.get(first, ())) == len(expected[first]):
+        out_chans, _, *kernel = expected[first]
+        expected[first] = torch.Size((out_chans, shapes[first][1], *kernel))
+    wrong = [
+        f"{name} {tuple(shape)} for {tuple(expected[name])}"
+        for name, shape in shapes.items()
+        if name in expected and shape != expected[name]
+    ]
     lists = (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
-    parts = [f"{what}: {some(list(names))}" for what, names in lists if names]
+    parts = [f"{what}: {some(names)}" for what, names in lists if names]
     if parts:
-        cfg = getattr(model, "pretrained_cfg", None) or {}
         arch = cfg.get("architecture", type(model).__name__)
         raise ConversionError(f"the checkpoint is not one of {arch}: {'; '.join(parts)}")
+
+
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
 
 
 def declare_classes(found: int, model: Any) -> None:
@@ -58,15 +90,6 @@ def declare_classes(found: int, model: Any) -> None:
             f"checkpoint has {found or 'no'} classes, the model {model.num_classes}: "
             "the classifier is fresh, the rest is loaded"
         )
-
-
-def shape_misfits(shapes: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Names in both mappings whose shapes differ, each with both shapes."""
-    return [
-        f"{name} {tuple(shape)} for {tuple(expected[name])}"
-        for name, shape in shapes.items()
-        if name in expected and shape != expected[name]
-    ]
 
 
 def unwrap(state_dict: Mapping[str, Any], *keys: str) -> Mapping[str, Tensor]:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from qna_timm.convert.common import (
     ConversionError,
+    check_fit,
     declare_classes,
-    raise_misfit,
-    shape_misfits,
+    num_classes_of,
     some,
 )
 from qna_timm.ops import resize_offset_table
@@ -274,7 +274,7 @@ def _flax_to_ours(arrays: Mapping[str, Any], model: "QnAViT") -> dict[str, Tenso
         try:
             state_dict[name] = _to_layout(tensor, layout, *heads).contiguous()
         except (RuntimeError, IndexError):
-            state_dict[name] = tensor  # of another model: `_check_fit` tells its shape
+            state_dict[name] = tensor  # of another model: `check_fit` tells its shape
     if unknown:
         raise ConversionError(
             f"not a checkpoint of the released QnA-ViT: {some(unknown)} tensors unknown to it"
@@ -308,35 +308,6 @@ def _resize_tables(state_dict: dict[str, Tensor], model: "QnAViT") -> None:
             state_dict[name] = resize_offset_table(tensor, *sizes)
 
 
-_HEAD_NAMES = ("head.fc.weight", "head.fc.bias")
-_FIRST_CONV = "stem.conv.weight"
-
-
-def _num_classes(state_dict: Mapping[str, Tensor]) -> int:
-    weight = state_dict.get("head.fc.weight")
-    return 0 if weight is None or weight.ndim == 0 else weight.shape[0]
-
-
-def _check_fit(state_dict: dict[str, Tensor], model: "QnAViT", exact: bool) -> None:
-    """Compare with the model. A classifier of another number of classes is not compared, and
-    unless exact the stem may have other channels: timm drops the one and adapts the other."""
-    expected = {k: v.shape for k, v in model.state_dict().items()}
-    shapes = {k: v.shape for k, v in state_dict.items()}
-    head = [shapes[k] for k in _HEAD_NAMES if k in shapes]
-    optional = set(_HEAD_NAMES) if len(head) != 1 else set()
-    missing = [k for k in {**expected, **dict.fromkeys(_HEAD_NAMES)} if k not in shapes]
-    missing = [k for k in missing if k not in optional and not k.endswith("num_batches_tracked")]
-    extra = [k for k in shapes if k not in expected and k not in _HEAD_NAMES]
-    if _num_classes(state_dict) != model.num_classes:
-        expected = {k: v for k, v in expected.items() if k not in _HEAD_NAMES}
-        if len(head) == 2:
-            expected["head.fc.bias"] = head[0][:1]
-    first = expected.get(_FIRST_CONV)
-    if not exact and first is not None and len(shapes.get(_FIRST_CONV, ())) == len(first):
-        expected[_FIRST_CONV] = torch.Size((first[0], shapes[_FIRST_CONV][1], *first[2:]))
-    raise_misfit(model, missing, extra, shape_misfits(shapes, expected))
-
-
 def qna_vit_state_dict(
     state_dict: Mapping[str, Any], model: "QnAViT", exact: bool = False
 ) -> dict[str, Tensor]:
@@ -359,6 +330,6 @@ def qna_vit_state_dict(
         _resize_tables(converted, model)
     if "stem.bn.running_mean" in converted:
         converted.setdefault("stem.bn.num_batches_tracked", torch.tensor(0))
-    _check_fit(converted, model, exact)
-    declare_classes(_num_classes(converted), model)
+    check_fit(converted, model, exact)
+    declare_classes(num_classes_of(converted), model)
     return converted
