@@ -15,15 +15,15 @@ DATA = Path(__file__).parent / "data"
 
 
 @cache
-def info() -> dict[str, Any]:
+def info(family: str = "qna") -> dict[str, Any]:
     """The golden files' descriptions."""
-    return json.loads((DATA / "qna.json").read_text())
+    return json.loads((DATA / f"{family}.json").read_text())
 
 
 @cache
-def arrays() -> dict[str, np.ndarray]:
+def arrays(family: str = "qna") -> dict[str, np.ndarray]:
     """Outputs, thinned."""
-    with np.load(DATA / "qna.npz") as data:
+    with np.load(DATA / f"{family}.npz") as data:
         return dict(data)
 
 
@@ -46,6 +46,32 @@ def flax_leaf(path: str, shape: list[int]) -> np.ndarray:
 def flax_params(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
     """All parameters of a released model."""
     return {path: flax_leaf(path, shape) for path, shape in shapes.items()}
+
+
+def torch_leaf(name: str, shape: list[int]) -> Tensor:
+    """Value of a state dict entry of a released PyTorch model, by the golden files' rule."""
+    if name.endswith("num_batches_tracked"):
+        return torch.tensor(0)
+    value = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    value = value.astype(np.float32)
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "running_var":
+        value = 1 + np.float32(0.1) * np.abs(value)
+    elif leaf in ("gamma", "gamma_1", "gamma_2"):
+        value = np.float32(0.5) * value
+    elif len(shape) >= 2:
+        value = value / np.float32(np.sqrt(np.prod(shape[1:])))
+    elif leaf == "weight":
+        value = 1 + np.float32(0.1) * value
+    else:
+        value = np.float32(0.1) * value
+    return torch.from_numpy(np.asarray(value))
+
+
+def released_gramian(model: str) -> dict[str, Tensor]:
+    """A checkpoint of a released Gramian model, by the rule."""
+    entries = info("gramian")[f"entries_{model}"]
+    return {name: torch_leaf(name, shape) for name, shape in entries.items()}
 
 
 def images(seed: int, *shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Writes tests/data/qna.npz and qna.json from the golden files of the released code.
+"""Writes tests/data/{qna,gramian}.{npz,json} from the golden files of the released code.
 
     python tests/make_data.py ../shared/golden
 
@@ -20,9 +20,19 @@ def thin(array: np.ndarray) -> np.ndarray:
     return array.ravel()[:: max(1, array.size // KEEP)].astype(np.float32)
 
 
-def main(golden: Path) -> None:
-    """Collect the QnA cases."""
-    qna = golden / "qna"
+OUT = Path(__file__).parent / "data"
+
+
+def write(name: str, arrays: dict[str, np.ndarray], info: dict[str, dict]) -> None:
+    """One pair of files."""
+    OUT.mkdir(exist_ok=True)
+    np.savez_compressed(OUT / f"{name}.npz", **arrays)
+    (OUT / f"{name}.json").write_text(json.dumps(info, separators=(",", ":")))
+    print(f"{name}: {len(arrays)} arrays")
+
+
+def collect_qna(qna: Path) -> None:
+    """The QnA cases."""
     arrays: dict[str, np.ndarray] = {}
     info: dict[str, dict] = {}
 
@@ -47,12 +57,30 @@ def main(golden: Path) -> None:
     for model in ("qna_vit_tiny", "qna_vit_tiny_7x7", "qna_vit_small", "qna_vit_base"):
         info[f"spec_{model}"] = json.loads((qna / f"spec_{model}.json").read_text())
 
-    out = Path(__file__).parent / "data"
-    out.mkdir(exist_ok=True)
-    np.savez_compressed(out / "qna.npz", **arrays)
-    (out / "qna.json").write_text(json.dumps(info, separators=(",", ":")))
-    print(f"{len(arrays)} arrays, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.2f} MB")
+    write("qna", arrays, info)
+
+
+def collect_gramian(gramian: Path) -> None:
+    """The Gramian models: branch logits whole, inner maps thinned."""
+    arrays: dict[str, np.ndarray] = {}
+    info: dict[str, dict] = {}
+    for model in ("ga_convnext_tiny_688", "ga_cswin_tiny"):
+        with np.load(gramian / f"{model}.npz") as data:
+            for name in data.files:
+                if name == "logits_f64":
+                    arrays[f"{model}/logits"] = data[name].astype(np.float32)
+                elif name.endswith("_f64as32"):
+                    arrays[f"{model}/{name.removesuffix('_f64as32')}"] = thin(data[name])
+        entries = json.loads((gramian / f"{model}.statedict.json").read_text())["entries"]
+        info[f"entries_{model}"] = entries
+    norms = json.loads((gramian / "grad_norms_ga_convnext_tiny_688.json").read_text())
+    info["grad_norms_ga_convnext_tiny_688"] = {
+        mode: norms[mode] for mode in ("eval", "train_flag_bn_eval")
+    }
+    write("gramian", arrays, info)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    golden = Path(sys.argv[1])
+    collect_qna(golden / "qna")
+    collect_gramian(golden / "gramian")
