@@ -1,9 +1,8 @@
-"""Recipes: complete, the paper's, and running; and the script that reproduces the table."""
+"""Recipes: complete, the papers', and running."""
 
-import os
 import re
-import subprocess
-import sys
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,14 @@ from qna_timm.training.recipe import parse_train_args
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-RECIPES = sorted((ROOT / "configs" / "qna").glob("*.yaml"))
-TABLE_SCRIPT = ROOT / "scripts" / "qna_table.sh"
+RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*/*.yaml"))}
+QNA = [name for name in RECIPES if name.startswith("qna_")]
+GRAMIAN = [name for name in RECIPES if name.startswith(("ga_", "ablation_"))]
+ABLATIONS = [name for name in GRAMIAN if name.startswith("ablation_")]
+PAPERS = [*QNA, *GRAMIAN]
+ARXIV = {"qna": "2112.11435", "gramian": "2310.16483"}
+PROCESSES = {"qna": 8, "gramian": 2}
+
 WARMUP = {"qna_vit_tiny": 5, "qna_vit_tiny_7x7": 5, "qna_vit_small": 5, "qna_vit_base": 20}
 DROP_PATH = {"qna_vit_tiny": 0.05, "qna_vit_tiny_7x7": 0.05, "qna_vit_small": 0.2}
 PAPER_TOP1 = {
@@ -26,44 +31,92 @@ PAPER_TOP1 = {
     "qna_vit_tiny_7x7": "82.0",
     "qna_vit_small": "83.2",
     "qna_vit_base": "83.9",
+    "ga_resnet50": "82.5",
+    "ga_vit_small": "80.9",
+    "ga_vit_medium": "82.6",
+    "ga_convnext_tiny": "83.2",
+    "ga_convnext_small": "83.9",
+    "ga_convnext_base": "84.3",
+    "ga_cswin_tiny": "84.1",
+    "ga_cswin_small": "84.7",
 }
 FINETUNE = "qna_vit_base_384_finetune"
-PROCESSES = 8
+
+# The five commands of the released README, but for the data folder: model, lr, drop path.
+COMMAND = (
+    "-b 128 --grad-accumulation 4 --smoothing 0.1 --bce-loss --opt lamb --opt-eps 1e-8 "
+    "--momentum 0.8 --weight-decay 0.05 --sched cosine --epochs 300 --lr {} --warmup-lr 1e-6 "
+    "--sched cosine -j 8 --amp --channels-last --model {} --GA_lam -0.8 --drop-path {}"
+)
+RELEASED = {
+    "ga_convnext_tiny": ("5e-3", "ga_convnext_tiny", ".2"),
+    "ga_convnext_small": ("5e-3", "ga_convnext_small", ".4"),
+    "ga_convnext_base": ("5e-3", "ga_convnext_base", ".5"),
+    "ga_cswin_tiny": ("2e-3", "ga_CSWin_64_12211_tiny_224", ".2"),
+    "ga_cswin_small": ("2e-3", "ga_CSWin_64_24322_small_224", ".4"),
+}
 
 
-def recipe_args(name, tmp_path):
-    config = ROOT / "configs" / "qna" / f"{name}.yaml"
-    extra = ["--pretrained-path", str(tmp_path)] if name == FINETUNE else []
-    return parse_train_args(["--config", str(config), "--data-dir", str(tmp_path), *extra])
+def settings_of(name):
+    return yaml.safe_load(RECIPES[name].read_text(encoding="utf-8"))
 
 
-def header(path):
-    lines = path.read_text(encoding="utf-8").split("\n")
+def header(name):
+    lines = RECIPES[name].read_text(encoding="utf-8").split("\n")
     return "\n".join(line.removeprefix("#") for line in lines[: lines.index("")])
 
 
+def recipe_args(name, tmp_path):
+    extra = ["--pretrained-path", str(tmp_path)] if name == FINETUNE else []
+    return parse_train_args(["--config", str(RECIPES[name]), "--data-dir", str(tmp_path), *extra])
+
+
+def create(name):
+    """The recipe's model for ImageNet, without memory for its weights."""
+    settings = settings_of(name)
+    with torch.device("meta"):
+        return timm.create_model(settings["model"], **settings.get("model_kwargs", {}))
+
+
 def test_every_row_has_its_recipe():
-    assert [path.stem for path in RECIPES] == sorted([*WARMUP, FINETUNE])
+    assert sorted([*WARMUP, FINETUNE]) == QNA
+    ablations = [
+        f"ablation_{network}_branches{branches}_lam{size}"
+        for network in ("resnet50", "vit_small")
+        for branches in (1, 5)
+        for size in ("0.4", "0.8", "0")
+    ]
+    assert sorted([*ablations, *PAPER_TOP1]) == sorted([*GRAMIAN, *WARMUP])
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_opens_with_what_a_reader_needs(path):
-    text = header(path)
-    for part in ("2112.11435", "Table row", "Expected top-1", "Hardware", "Deviations"):
+@pytest.mark.parametrize("name", PAPERS)
+def test_recipe_opens_with_what_a_reader_needs(name):
+    path, settings, text = RECIPES[name], settings_of(name), header(name)
+    family = path.parent.name
+    for part in (ARXIV[family], "Table row", "Expected top-1", "Hardware", "Deviations"):
         assert part in text
-    assert PAPER_TOP1.get(path.stem, "unknown") in text
-    command = re.search(r"torchrun --nproc_per_node=8 train.py --config (\S+)", text)
-    assert ROOT / command[1] == path
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if name not in ABLATIONS:
+        assert f"Expected top-1: {PAPER_TOP1.get(name, 'unknown')} (" in text
+    command = re.search(r"torchrun --nproc_per_node=(\d) train.py (?:\\\s+)?--config (\S+)", text)
+    assert ROOT / command[2] == path and int(command[1]) == PROCESSES[family]
     batch, accumulation = settings["batch_size"], settings["grad_accum_steps"]
-    assert f"{batch} images x {accumulation} accumulation = 1024 per update" in text
-    assert batch * accumulation * PROCESSES == 1024
+    assert (
+        f"{command[1]} processes x {batch} images x {accumulation} accumulation = 1024 per update"
+        in text
+    )
+    assert batch * accumulation * PROCESSES[family] == 1024
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_without_data_does_not_learn_digits(path):
+@pytest.mark.parametrize("name", PAPERS)
+def test_recipe_without_data_does_not_learn_digits(name):
     with pytest.raises(Exception, match="--data-dir"):
-        parse_train_args(["--config", str(path)], QUICKSTART)
+        parse_train_args(["--config", str(RECIPES[name])], QUICKSTART)
+
+
+@pytest.mark.parametrize("name", GRAMIAN)
+def test_parameters_are_as_the_recipe_says(name):
+    counted = re.search(r"As we count: (\S+) M parameters", header(name))
+    assert f"{sum(p.numel() for p in create(name).parameters()) / 1e6:.2f}" == counted[1]
 
 
 @pytest.mark.parametrize("name", WARMUP)
@@ -88,7 +141,7 @@ def test_finetune_recipe_is_the_released_one(tmp_path):
     assert (args.img_size, args.crop_pct, args.weight_decay) == (384, 0.923, 1e-8)
     lr, _ = learning_rate(args, 1024)
     assert lr == pytest.approx(4e-5)
-    rates, epochs = schedule_rates(args, updates=3)
+    rates, epochs = schedule_rates(args, updates=3, processes=8)
     assert epochs == 30 and rates == pytest.approx([4e-5] * 90)
     check_augmentation(args)
 
@@ -103,22 +156,24 @@ def check_augmentation(args):
     assert args.amp and args.amp_dtype == "float16"
 
 
-def schedule_rates(args, updates):
+def schedule_rates(args, updates, processes):
     """Learning rate of every update of the run."""
-    lr, _ = learning_rate(args, args.batch_size * args.grad_accum_steps * PROCESSES)
+    lr, _ = learning_rate(args, args.batch_size * args.grad_accum_steps * processes)
     optimizer = create_optimizer(args, torch.nn.Linear(2, 2), lr)
     schedule, epochs = create_schedule(args, optimizer, updates)
     rates = []
-    for update in range(updates * epochs):
-        schedule.step_update(update)
-        rates.append(optimizer.param_groups[0]["lr"])
+    for epoch in range(epochs):
+        for update in range(updates):
+            schedule.step_update(epoch * updates + update)
+            rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step(epoch + 1)
     return rates, epochs
 
 
 @pytest.mark.parametrize("name", WARMUP)
 def test_schedule_is_the_papers(name, tmp_path):
     updates = 4
-    rates, epochs = schedule_rates(recipe_args(name, tmp_path), updates)
+    rates, epochs = schedule_rates(recipe_args(name, tmp_path), updates, processes=8)
     assert epochs == 300
     peak = WARMUP[name] * updates
     steps = torch.arange(epochs * updates, dtype=torch.float64)
@@ -141,7 +196,50 @@ def test_all_but_tables_and_query_weights_decay(tmp_path):
     assert set(decay.values()) == {0, 0.05}
 
 
-@pytest.mark.parametrize("path", [QUICKSTART, *RECIPES], ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", RELEASED)
+def test_recipe_does_what_the_released_command_does(name, tmp_path):
+    """What the command gives, then the defaults of its train.py where they are not timm's."""
+    args = recipe_args(name, tmp_path)
+    command = parse_train_args([str(tmp_path), *shlex.split(COMMAND.format(*RELEASED[name]))])
+    said = {"loss", "ga_lam", *command.given} - {"data", "model", "momentum"}
+    assert len(said) == 17
+    assert {key: getattr(args, key) for key in said} == {key: getattr(command, key) for key in said}
+    assert (args.model, args.ga_lam, args.loss, args.bce_target_thresh) == (name, -0.8, "bce", None)
+    assert (args.aa, args.aug_repeats, args.reprob) == ("rand-m9-mstd0.5-inc1", 3, 0)
+    assert (args.mixup, args.cutmix, args.mixup_prob, args.mixup_switch_prob) == (0.2, 1, 1, 0.5)
+    assert args.train_interpolation == "random" and not args.model_ema and args.clip_grad is None
+    assert args.scale == [0.08, 1.0] and args.ratio == pytest.approx([3 / 4, 4 / 3])
+    assert (args.hflip, args.vflip, args.dist_bn, args.sync_bn) == (0.5, 0, "reduce", False)
+    crop = 0.9 if "cswin" in name else 0.875
+    assert (args.img_size, args.crop_pct, args.interpolation) == (224, crop, "bicubic")
+    assert args.amp_dtype == "float16"
+
+
+@pytest.mark.parametrize("name", GRAMIAN)
+def test_gramian_schedule(name, tmp_path):
+    args = recipe_args(name, tmp_path)
+    rates, epochs = schedule_rates(args, updates=2, processes=2)
+    peak = 1e-3 if "vit" in name else 2e-3 if "cswin" in name else 5e-3
+    assert epochs == (100 if name in ABLATIONS else 300)
+    t = torch.arange(epochs, dtype=torch.float64).repeat_interleave(2)
+    up = 1e-6 + (peak - 1e-6) * t / 3
+    down = 1e-6 + (peak - 1e-6) / 2 * (1 + torch.cos(torch.pi * t / epochs))
+    expected = torch.where(t < 3, up, down)
+    torch.testing.assert_close(torch.tensor(rates, dtype=torch.float64), expected)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablation_changes_branches_lambda_and_length_alone(name):
+    _, network, branches, size = re.fullmatch(r"(\w+?)_(\w+)_branches(\d)_lam(\S+)", name).groups()
+    settings, main = settings_of(name), settings_of(f"ga_{network}")
+    assert settings.pop("model_kwargs", {"num_branches": 5}) == {"num_branches": int(branches)}
+    assert settings.pop("ga_lam") == -float(size)
+    assert settings.pop("epochs") == 100
+    assert settings == {key: value for key, value in main.items() if key in settings}
+    assert set(main) - set(settings) == {"ga_lam", "epochs"} and main["ga_lam"] == -0.8
+
+
+@pytest.mark.parametrize("path", [QUICKSTART, *RECIPES.values()], ids=lambda path: path.stem)
 def test_recipe_runs(path, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     import train
@@ -151,6 +249,7 @@ def test_recipe_runs(path, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "last.safetensors").is_file()
     rows = (tmp_path / "run" / "summary.csv").read_text().splitlines()
     assert len(rows) == 2
+    shutil.rmtree(tmp_path / "run")  # pytest would keep them, a GB each
 
 
 def test_quickstart_is_what_no_data_gives():
@@ -159,54 +258,3 @@ def test_quickstart_is_what_no_data_gives():
     assert args.builtin_data
     assert {key: getattr(args, key) for key in settings} == settings
     assert args.hflip == 0, "mirrored digits are other digits, or none"
-
-
-def run_table(*argv, **env):
-    return subprocess.run(
-        ["bash", str(TABLE_SCRIPT), *map(str, argv)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
-@pytest.mark.parametrize(
-    "argv, fragment",
-    [
-        ([], "train or eval"),
-        (["test"], "'test'"),
-        (["train"], "--data-dir"),
-        (["train", "--data-dir", "/no/such"], "/no/such"),
-        (["train", "--data-dir"], "needs a value"),
-        (["train", "--smoke", "--fast"], "'--fast'"),
-        (["train", "--smoke", "--nproc", "3"], "'3'"),
-        (["train", "--smoke", "--rows", "qna_vit_huge"], "qna_vit_huge"),
-        (["eval", "--smoke", "--rows", FINETUNE], FINETUNE),
-    ],
-)
-def test_table_script_refuses(argv, fragment):
-    result = run_table(*argv, PYTHON="false")
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.count("\n") == 1 and fragment in result.stderr
-
-
-def test_table_script_tells_failed_rows():
-    result = run_table("train", "--smoke", "--rows", "qna_vit_tiny", PYTHON="false")
-    assert result.returncode == 1
-    assert re.search(r"qna_vit_tiny .* 81.7 \| +failed \|", result.stdout)
-
-
-def test_table_script_tells_missing_weights(tmp_path):
-    result = run_table("eval", "--data-dir", tmp_path, "--weights-dir", tmp_path, PYTHON="false")
-    assert result.returncode == 0
-    assert result.stdout.count("not run") == 4
-    for name, top1 in PAPER_TOP1.items():
-        assert re.search(rf"\| {name} +\| .* {top1} \| +not run \|", result.stdout)
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_table_script_runs_a_row(mode, tmp_path):
-    result = run_table(mode, "--smoke", "--rows", "qna_vit_tiny", "--output", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"\| qna_vit_tiny +\| .* 81.7 \| +\d+\.\d\d \|", result.stdout)
