@@ -185,11 +185,8 @@ def train_and_evaluate(run: Run, epoch: int, last: bool) -> dict[str, Any]:
             evaluated.update({name + EMA: value for name, value in averaged.items()})
     if trainer.schedule is not None:
         trainer.schedule.step(epoch + 1, evaluated.get(args.eval_metric))
-    metrics = "".join(f", {name} {value:.4g}" for name, value in evaluated.items())
-    _logger.info(
-        "epoch %s: training loss %.4g%s, lr %.3g, %.1f s",
-        label, losses["loss"], metrics, lr, time.perf_counter() - began,
-    )  # fmt: skip
+    metrics = report.metrics_text({"training loss": losses["loss"], **evaluated})
+    _logger.info("epoch %s: %s, lr %.3g, %.1f s", label, metrics, lr, time.perf_counter() - began)
     return report.summary_row(epoch, losses, evaluated, lr)
 
 
@@ -212,6 +209,7 @@ def evaluate_model(run: Run, ema: bool) -> dict[str, float]:
             amp_autocast=run.trainer.precision.autocast,
             channels_last=args.channels_last,
             progress=progress,
+            branch_counts=run.trainer.task.branch_counts(),
         )
 
 

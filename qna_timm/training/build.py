@@ -15,8 +15,10 @@ from timm.models import create_model, get_model_args, load_pretrained, resolve_m
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from qna_timm.convert import ConversionError
 from qna_timm.training.checkpoint import (
     check_weights,
+    classes_of,
     classifier_names,
     is_classifier_key,
     read_weights,
@@ -24,6 +26,7 @@ from qna_timm.training.checkpoint import (
 from qna_timm.training.data import dataset_classes
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
+from qna_timm.training.gramian_task import has_branches
 from qna_timm.training.task import classifier_layers
 
 _logger = logging.getLogger(__name__)
@@ -53,11 +56,14 @@ def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
 
     Raises:
         UsageError: timm refuses the name, an argument or the image size; the weights' file is not
-            one, or not of this model.
+            one, or not of this model; a flag asks for what the model does not have.
     """
     if args.fast_norm:
         set_fast_norm()
     model = _create(args, num_classes)
+    _check_branches(args, model)
+    if args.backbone_checkpoint:
+        load_backbone(model, args.backbone_checkpoint)
     if args.pretrained_path:
         load_as_pretrained(model, args.pretrained_path)
     if args.initial_checkpoint:
@@ -92,6 +98,46 @@ def _create(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
         if args.pretrained:
             reason += " (--pretrained-path FILE starts from weights on this machine)"
         raise UsageError(f"--model {args.model}: {reason}") from error
+
+
+def _check_branches(args: argparse.Namespace, model: nn.Module) -> None:
+    """See that flags about branches meet a model that has them, and the reverse."""
+    branched = has_branches(model)
+    if args.ga_lam and not branched:
+        raise UsageError(
+            f"--ga-lam {args.ga_lam:g}: {args.model} has no branches to decorrelate"
+            f" (--model ga_{args.model} puts Gramian heads on it)"
+        )
+    if args.torchscript and branched:
+        raise UsageError(
+            f"--torchscript: a scripted {args.model} returns the mean of its branches alone, but"
+            " each is trained for itself; --torchcompile works"
+        )
+
+
+def load_backbone(model: nn.Module, source: str) -> None:
+    """Load a backbone, trained for itself, into the trunk of a model with Gramian heads.
+
+    Args:
+        model: The model.
+        source: A file, or timm's name of a model with published weights.
+
+    Raises:
+        UsageError: The model has no such trunk, or the source cannot be read or does not fit.
+    """
+    where = f"--backbone-checkpoint {source}"
+    if not hasattr(model, "load_backbone"):
+        name = model.pretrained_cfg.get("architecture", type(model).__name__)
+        raise UsageError(
+            f"{where}: {name} is a backbone itself; --pretrained-path or --initial-checkpoint load"
+            " its weights"
+        )
+    try:
+        report = model.load_backbone(source)
+    except ConversionError as error:
+        reason = " ".join(str(error).split()).removeprefix(f"{source}: ")
+        raise UsageError(f"{where}: {reason}") from error
+    _logger.info("backbone %s: %s", source, report)
 
 
 def load_as_pretrained(model: nn.Module, path: str) -> None:
@@ -168,7 +214,7 @@ def _report_weights(
     """Say what was loaded, and that a classifier is fresh where the one `found` did not fit."""
     _logger.info("weights: %s", path)
     if fresh:
-        classes = {len(found[key]) for key in fresh if key in found}
+        classes = {classes_of(key, found[key]) for key in fresh if key in found}
         has = f"{min(classes)} classes" if classes else "no classifier"
         names = ", ".join(classifier_names(model))
         _logger.warning(

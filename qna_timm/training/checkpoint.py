@@ -36,6 +36,7 @@ METADATA_KEY = "qna_timm"
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 STATE_SUFFIX = ".state.safetensors"
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
 # The names that `replacing` writes to.
 TEMPORARY_PATTERN = ".*.tmp"
 # Where a folder's weights are looked for, first match first; the last two are hub exports.
@@ -205,6 +206,15 @@ def is_classifier_key(model: nn.Module, key: str) -> bool:
     return key.rpartition(".")[0] in classifier_names(model)
 
 
+def classes_of(key: str, tensor: Tensor) -> int:
+    """Classes of the classifier that has this weight or bias.
+
+    They come first, or after the branches: weight [M, classes, D], bias [M, classes].
+    """
+    of_branches = tensor.ndim == (3 if key.endswith("weight") else 2)
+    return tensor.shape[int(of_branches)]
+
+
 def check_weights(
     model: nn.Module, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], path: str | Path
 ) -> None:
@@ -220,7 +230,8 @@ def check_weights(
     if not (missing or extra or shapes):
         return
     if not missing and not extra and all(is_classifier_key(model, key) for key in shapes):
-        found, wanted = weights[shapes[0]].shape[0], expected[shapes[0]].shape[0]
+        key = shapes[0]
+        found, wanted = classes_of(key, weights[key]), classes_of(key, expected[key])
         raise UsageError(
             f"{path}: the checkpoint has {found} classes, the model {wanted}"
             f" (--num-classes {found} fits)"

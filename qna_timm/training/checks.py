@@ -16,9 +16,15 @@ from timm.data.auto_augment import (
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+from qna_timm.training.checkpoint import WEIGHTS_SUFFIXES
 from qna_timm.training.errors import UsageError, closest
 from qna_timm.training.flags import FlagTable, all_flags
-from qna_timm.training.names import check_dataset_name, check_model_name, expand_model_names
+from qna_timm.training.names import (
+    check_dataset_name,
+    check_model_name,
+    expand_model_names,
+    resolve_model,
+)
 
 Origins = Mapping[str, str]
 """Where a setting came from, by key: "--lr" or "FILE: key 'lr'"; begins an error message."""
@@ -254,9 +260,25 @@ def _check_augmentation_policy(args: Namespace, origins: Origins) -> None:
     _attempt(f"{origins['aa']} '{args.aa}'", lambda: build(args.aa, hparams))
 
 
+def _check_backbone(args: Namespace, origins: Origins) -> None:
+    """--backbone-checkpoint names a file or published weights, and nothing else loads the trunk."""
+    source, where = args.backbone_checkpoint, origins["backbone_checkpoint"]
+    if not source:
+        return
+    for key in ("initial_checkpoint", "pretrained_path", "pretrained"):
+        if getattr(args, key):
+            raise UsageError(f"{origins[key]}: loads the whole model, {where} its trunk; give one")
+    if Path(source).is_file():
+        return
+    if "/" in source or Path(source).suffix in WEIGHTS_SUFFIXES:
+        _check_path(args, origins, "backbone_checkpoint")
+    check_model_name(source, where)
+
+
 def _check_run(args: Namespace, origins: Origins) -> None:
     for key in ("initial_checkpoint", "pretrained_path"):
         _check_path(args, origins, key)
+    _check_backbone(args, origins)
     name = Path(args.experiment)
     if name.is_absolute() or ".." in name.parts:
         raise UsageError(
@@ -273,7 +295,7 @@ def _check_run(args: Namespace, origins: Origins) -> None:
 
 
 def check_train_values(args: Namespace, origins: Origins, table: FlagTable) -> None:
-    """Check train.py's settings; sets `device` and settles `loss`.
+    """Check train.py's settings; sets `device`, settles `loss` and resolves `model`.
 
     Args:
         args: Settings, each of the right type.
@@ -293,6 +315,7 @@ def check_train_values(args: Namespace, origins: Origins, table: FlagTable) -> N
     _check_run(args, origins)
     _import_device_modules(args, origins)
     check_model_name(args.model, origins["model"])
+    args.model, args.model_kwargs = resolve_model(args.model, args.model_kwargs, origins["model"])
     _check_precision(args, origins)
     _check_augmentation_policy(args, origins)
     _check_optimizer(args, origins)
@@ -318,6 +341,8 @@ def check_validate_values(args: Namespace, origins: Origins, table: FlagTable) -
     matrix = args.confusion_matrix
     if matrix and Path(matrix).suffix.lower() != ".png":
         raise UsageError(f"--confusion-matrix: expected a name ending in .png, found '{matrix}'")
+    if args.branches and args.real_labels:
+        raise UsageError("--branches: counts the split's own labels, so not with --real-labels")
     _import_device_modules(args, origins)
     expand_model_names(args.model, origins["model"])
     _check_precision(args, origins)

@@ -1,7 +1,8 @@
-"""The run's curves as one picture: loss, accuracy and learning rate against epochs."""
+"""The run's curves as one picture: loss, accuracy, learning rate and branches against epochs."""
 
 import importlib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ _ACCURACY_LINES = (
     ("eval_top1_ema", "top-1, averaged weights", _EMA, "-"),
     ("eval_top5_ema", "top-5, averaged weights", _EMA, ":"),
 )
+
+# For models with several branches.
+_AGREEMENT_LINES = (
+    ("eval_agreement", "agreement", _EVAL, "-"),
+    ("eval_agreement_ema", "agreement, averaged weights", _EMA, "-"),
+)
+_DECORRELATION_LINES = (("train_loss_decorrelation", "", _TRAIN, "-"),)
+_BRANCH_COLUMN = re.compile(r"eval_branch_\d+_top1")
 
 _logger = logging.getLogger(__name__)
 
@@ -43,19 +52,26 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
         path: Ends in ``.png``; written atomically.
         title: Shown above.
     """
+    branched = any(row.get("eval_agreement") is not None for row in rows)
+    panels = 5 if branched else 3
     # The figure alone, without pyplot: no window system, no global state.
     figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(13, 4), layout="constrained"
+        figsize=(13 / 3 * panels, 4), layout="constrained"
     )
     ticker = importlib.import_module("matplotlib.ticker")
-    loss, accuracy, rate = figure.subplots(1, 3)
+    axes_of = figure.subplots(1, panels)
+    loss, accuracy, rate = axes_of[:3]
     figure.suptitle(title, fontsize=11)
     _draw_lines(loss, rows, _LOSS_LINES, "Loss")
     _draw_lines(accuracy, rows, _ACCURACY_LINES, "Accuracy (%)")
     _draw_lines(rate, rows, (("lr", "", _RATE, "-"),), "Learning rate")
+    if branched:
+        _draw_branches(accuracy, rows)
+        _draw_lines(axes_of[3], rows, _AGREEMENT_LINES, "Agreement of branches (%)")
+        _draw_lines(axes_of[4], rows, _DECORRELATION_LINES, "Decorrelation part of the loss")
     _mark_best(accuracy, rows)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    for axes in (loss, accuracy, rate):
+    for axes in axes_of:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
@@ -88,6 +104,19 @@ def _draw_lines(
             labelled = labelled or bool(label)
     if labelled:
         axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_branches(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Shade the range from the worst to the best branch."""
+    points = []
+    for row in rows:
+        top1 = [row[name] for name in row if _BRANCH_COLUMN.fullmatch(name)]
+        if top1 and None not in top1:
+            points.append((row["epoch"] + 1, min(top1), max(top1)))
+    axes.fill_between(
+        *zip(*points, strict=True), color=_EVAL, alpha=0.2, linewidth=0, label="top-1, branches"
+    )
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _mark_best(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qna_timm.training.errors import UsageError
 from qna_timm.training.image_loader import ImageLoader, process_place
+from qna_timm.training.observers import BranchCounts
 from qna_timm.training.progress import Progress
 from qna_timm.training.views import class_names_of
 
@@ -60,12 +61,14 @@ def evaluate(
     progress: Progress | None = None,
     valid_labels: Tensor | None = None,
     observers: Iterable[Observer] = (),
+    branch_counts: BranchCounts | None = None,
 ) -> dict[str, float]:
     """Evaluates a classifier; every image counts once, whatever the number of processes.
 
     Args:
-        model: Returns logits [B, classes] or a sequence that begins with them. It is put into
-            evaluation mode and back.
+        model: Returns logits [B, classes] or a sequence that begins with them; with
+            `branch_counts` those of its branches, [B, M, classes]. It is put into evaluation mode
+            and back.
         loader: Yields (input, target) on `device`.
         device: Where the model is.
         amp_autocast: Makes the context of a forward pass.
@@ -75,9 +78,12 @@ def evaluate(
         valid_labels: Class numbers whose logits are kept, [labels]; the labels then count
             positions in it.
         observers: Also see every prediction.
+        branch_counts: For models that return their branches, whose mean is the prediction; also
+            sees every branch's.
 
     Returns:
-        `loss`, `top1` and `top5` (percent; the best of all classes when there are fewer than 5).
+        `loss`, `top1` and `top5` (percent; the best of all classes when there are fewer than 5),
+        then the metrics of `branch_counts`.
 
     Raises:
         UsageError: a label that the model has no class for.
@@ -101,13 +107,18 @@ def evaluate(
             logits, target = logits[:remaining], target[:remaining]
             remaining -= len(target)
         if valid_labels is not None:
-            logits = logits[:, valid_labels]
+            logits = logits[..., valid_labels]
         if len(target):
+            logits = logits.float()
             if always_check or step == 0:
-                check_labels(target, logits.shape[1])
+                check_labels(target, logits.shape[-1])
+            if branch_counts is not None:
+                branch_counts.update(logits, target)
+                logits = logits.mean(1)  # [B, M, classes] -> [B, classes]
             for observer in watching:
-                observer.update(logits.float(), target)
+                observer.update(logits, target)
         if progress is not None:
             progress.update(len(inputs) * world_size, **_so_far(evaluator))
     model.train(was_training)
-    return dict(evaluator.compute(distributed=world_size > 1))
+    metrics = dict(evaluator.compute(distributed=world_size > 1))
+    return metrics if branch_counts is None else {**metrics, **branch_counts.metrics()}

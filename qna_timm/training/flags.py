@@ -40,7 +40,7 @@ class Flag:
     """One command-line flag and YAML key.
 
     Attributes:
-        names: Flags as typed, "-b --batch-size"; the first long one gives the key.
+        names: Flags as typed and shown, "-b --batch-size"; the first long one gives the key.
         kind: Type of a value or list item: `int`, `float`, `str`, `bool` (a switch) or `dict`.
         default: Value when neither command line nor YAML gives one.
         help: One sentence; the default is added to it.
@@ -274,18 +274,21 @@ def build_parser(table: FlagTable, prog: str, description: str) -> argparse.Argu
     return parser
 
 
-def _normalized(argv: Sequence[str]) -> list[str]:
-    """Write flags with dashes (--batch_size=8) and negative numbers without exponent (-1e-3).
+def _normalized(argv: Sequence[str], table: FlagTable) -> list[str]:
+    """Write flags as the table does (--batch_size=8) and numbers such as -1e-3 without exponent.
 
     argparse takes a number for a flag when it begins with a minus and has an exponent.
     """
+    options = (option for flag in all_flags(table) for option in flag.options)
+    spelled = {option.replace("_", "-"): option for option in options}
     result = []
     for index, argument in enumerate(argv):
         if argument == "--":
             return [*result, *argv[index:]]
         name, equals, value = argument.partition("=")
         if re.fullmatch(r"--[A-Za-z][\w-]*", name):
-            argument = name.replace("_", "-") + equals + value
+            name = name.replace("_", "-")
+            argument = spelled.get(name, name) + equals + value
         elif re.fullmatch(r"-(\d+\.?\d*|\.\d+)[eE][+-]?\d{1,2}", argument):
             argument = f"{Decimal(argument):f}"
         result.append(argument)
@@ -302,7 +305,7 @@ def parse_command_line(
         SystemExit: `--help` was asked for.
     """
     parser = build_parser(table, prog, description)
-    namespace, unknown = parser.parse_known_args(_normalized(argv))
+    namespace, unknown = parser.parse_known_args(_normalized(argv, table))
     if unknown:
         name = unknown[0].partition("=")[0]
         if not name.startswith("-"):

@@ -261,6 +261,13 @@ LOSS_FLAGS = (
         rule=POSITIVE,
     ),
     Flag("--poly-epsilon", float, 2.0, "Coefficient of the poly loss."),
+    Flag(
+        "--ga-lam --GA_lam",
+        float,
+        0.0,
+        "Weight of the decorrelation of branches, negative to drive them apart; for models with "
+        "Gramian heads (not in timm).",
+    ),
 )
 
 BATCH_NORM_FLAGS = (

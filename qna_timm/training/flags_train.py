@@ -62,6 +62,13 @@ _MODEL = (
     Flag("--pretrained-cfg-overlay", dict, {}, "Entries to replace in the model's pretrained cfg."),
     Flag("--initial-checkpoint", str, "", "Load this file into the model, all keys matching."),
     Flag(
+        "--backbone-checkpoint",
+        str,
+        "",
+        "Load the trunk of a model with Gramian heads from this: a file with ImageNet weights of "
+        "its backbone, or timm's name of them (not in timm).",
+    ),
+    Flag(
         "--num-classes",
         int,
         None,
@@ -87,7 +94,13 @@ _MODEL = (
     Flag("-b --batch-size", int, 128, "Images per process and step.", rule=POSITIVE),
     Flag("-vb --validation-batch-size", int, None, "The same in validation.", rule=POSITIVE),
     Flag("--channels-last", bool, False, "Keep maps in channels-last memory."),
-    Flag("--grad-accum-steps", int, 1, "Batches per optimizer update.", rule=POSITIVE),
+    Flag(
+        "--grad-accum-steps --grad-accumulation",
+        int,
+        1,
+        "Batches per optimizer update.",
+        rule=POSITIVE,
+    ),
     Flag("--grad-checkpointing", bool, False, "Recompute activations in backward, saving memory."),
     Flag("--fast-norm", bool, False, "Normalise in low precision where timm can."),
     Flag("--model-kwargs", dict, {}, "More arguments of the model's constructor."),

@@ -128,6 +128,13 @@ _RESULTS = (
         const="-",
     ),
     Flag(
+        "--branches",
+        bool,
+        False,
+        "Also each branch's top-1 and how much branches agree, for models with Gramian heads (not "
+        "in timm).",
+    ),
+    Flag(
         "--confusion-matrix",
         str,
         None,

@@ -16,9 +16,11 @@ from qna_timm.training.data import create_eval_loader
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
 from qna_timm.training.evaluation import Observer, evaluate
+from qna_timm.training.gramian_task import has_branches
 from qna_timm.training.image_loader import ImageLoader
 from qna_timm.training.loop import Precision
-from qna_timm.training.observers import ClassCounts, ImageCount, RealLabels
+from qna_timm.training.names import model_label
+from qna_timm.training.observers import BranchCounts, ClassCounts, ImageCount, RealLabels
 from qna_timm.training.progress import Progress
 from qna_timm.training.results import (
     TO_TERMINAL,
@@ -52,9 +54,9 @@ def measure(
         processes: The run's processes.
 
     Returns:
-        `model`, `top1`, `top1_err`, `top5`, `top5_err` (percent), `loss`, the averaged scores if
-        asked for, `param_count` (millions), `img_size`, `crop_pct`, `interpolation`, `images`,
-        `img_per_s` and `weights` (a path, `pretrained` or `random`).
+        `model`, `top1`, `top1_err`, `top5`, `top5_err` (percent), the branches' metrics and the
+        averaged scores if asked for, `loss`, `param_count` (millions), `img_size`, `crop_pct`,
+        `interpolation`, `images`, `img_per_s` and `weights` (a path, `pretrained` or `random`).
 
     Raises:
         UsageError: the settings, the data, the checkpoint and the model do not go together.
@@ -72,6 +74,8 @@ def measure(
     if settings.test_pool:
         model = apply_test_pool(model, data_config)
     counts = _Counts(settings, num_classes, dataset, processes)
+    if settings.branches:
+        counts.branches = _show_branches(settings, model, processes)
     loader = create_eval_loader(
         dataset, settings, data_config, device=processes.device, batch_size=settings.batch_size
     )
@@ -80,7 +84,7 @@ def measure(
     metrics = counts.finish(metrics, class_names)
     images = counts.images.total(processes.device)
     row = {
-        "model": settings.model,
+        "model": model_label(settings.model, settings.model_kwargs),
         **_rounded(metrics),
         "param_count": round(parameters / 1e6, 2),
         "img_size": data_config["input_size"][-1],
@@ -96,6 +100,16 @@ def measure(
         parameters,
     )
     return row
+
+
+def _show_branches(
+    settings: argparse.Namespace, model: nn.Module, processes: Processes
+) -> BranchCounts:
+    """Let the model return its branches; what counts them."""
+    if not has_branches(model):
+        raise UsageError(f"--branches: {settings.model} has one classifier, not several branches")
+    model.set_branch_outputs(True)
+    return BranchCounts(model.num_branches, processes.device)
 
 
 def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -139,6 +153,7 @@ def _evaluate(
             progress=progress,
             valid_labels=None if valid_labels is None else valid_labels.to(processes.device),
             observers=counts.observers,
+            branch_counts=counts.branches,
         )
         return metrics, time.perf_counter() - start
 
@@ -193,6 +208,7 @@ class _Counts:
         self.processes = processes
         self.images = ImageCount()
         self.observers: list[Observer] = [self.images]
+        self.branches: BranchCounts | None = None
         self.classes: ClassCounts | None = None
         self.real_labels: RealLabels | None = None
         if settings.metrics_avg or settings.per_class or settings.confusion_matrix:

@@ -1,7 +1,9 @@
 """Names that users misspell: models and datasets, checked against who knows them."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import timm
 
@@ -27,6 +29,50 @@ _DATASET_KINDS = ("torch", "hfds", "hfids", "tfds", "wds", "sklearn")
 _REMOTE_MODELS = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
+_HEADED = "ga_backbone"
+_HEADED_PREFIX = "ga_"
+
+
+def resolve_model(
+    name: str, kwargs: Mapping[str, Any], where: str = "--model"
+) -> tuple[str, dict[str, Any]]:
+    """What a model name stands for: `ga_NAME`, unless registered, is Gramian heads on timm's NAME.
+
+    Args:
+        name: Name as given.
+        kwargs: More arguments of the constructor.
+        where: Begins the error message.
+
+    Returns:
+        A registered name, or `name` as it is, and the arguments it takes.
+
+    Raises:
+        UsageError: The arguments name another backbone.
+    """
+    backbone = _backbone_of(name)
+    if backbone is None:
+        return name, dict(kwargs)
+    if kwargs.get("backbone", backbone) != backbone:
+        raise UsageError(
+            f"{where} {name}: the model arguments name another backbone, '{kwargs['backbone']}'"
+        )
+    return _HEADED, {"backbone": backbone, **kwargs}
+
+
+def _backbone_of(name: str) -> str | None:
+    """The backbone that `ga_NAME` puts Gramian heads on; None for any other name."""
+    backbone = name.removeprefix(_HEADED_PREFIX)
+    if backbone == name or timm.is_model(name.partition(".")[0]):
+        return None
+    return backbone if timm.is_model(backbone.partition(".")[0]) else None
+
+
+def model_label(name: str, kwargs: Mapping[str, Any]) -> str:
+    """The short name of a resolved model: `ga_NAME` for Gramian heads on a backbone."""
+    backbone = kwargs.get("backbone")
+    return f"{_HEADED_PREFIX}{backbone}" if name == _HEADED and backbone else name
+
+
 def check_model_name(name: str, where: str = "--model") -> None:
     """Check that a model is registered; names of hubs and local folders are left to timm.
 
@@ -39,9 +85,13 @@ def check_model_name(name: str, where: str = "--model") -> None:
     """
     if name.startswith(_REMOTE_MODELS):
         return
+    name = _backbone_of(name) or name
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        raise UsageError(f"{where}: unknown model '{name}'{closest(base, timm.list_models())}")
+        known = timm.list_models()
+        if base.startswith(_HEADED_PREFIX):
+            known += [f"{_HEADED_PREFIX}{model}" for model in known]
+        raise UsageError(f"{where}: unknown model '{name}'{closest(base, known)}")
     tagged = timm.list_models(f"{base}.*", include_tags=True)
     if tag and name not in tagged:
         raise UsageError(f"{where}: model '{base}' has no weights '{tag}'{closest(name, tagged)}")

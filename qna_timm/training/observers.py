@@ -79,6 +79,43 @@ class ClassCounts:
         return _sum_processes(self._matrix).cpu()
 
 
+class BranchCounts:
+    """How often each branch of a model is right, and how often two of them say the same.
+
+    Args:
+        num_branches: Branches of the model, M.
+        device: Where the predictions are.
+    """
+
+    def __init__(self, num_branches: int, device: torch.device) -> None:
+        self.num_branches = num_branches
+        # images; images each branch has right; pairs of branches that agree on an image, each twice
+        self._counts = torch.zeros(num_branches + 2, dtype=torch.int64, device=device)
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Counts a batch: logits [B, M, classes], labels [B]."""
+        best = logits.argmax(dim=-1)  # [B, M]
+        same = best[:, :, None] == best[:, None, :]
+        self._counts[0] += len(target)
+        self._counts[1:-1] += (best == target[:, None]).sum(dim=0)
+        self._counts[-1] += same.sum() - best.numel()  # each agrees with itself
+
+    def metrics(self) -> dict[str, float]:
+        """Of all processes, in percent.
+
+        Returns:
+            ``branch_M_top1`` for each branch from 0; ``agreement``, the mean over pairs of branches
+            of the share of images that both take for the same class. Nothing of a single branch.
+        """
+        pairs = self.num_branches * (self.num_branches - 1)
+        if not pairs:
+            return {}
+        images, *right, agreeing = _sum_processes(self._counts).tolist()
+        percent = 100 / max(images, 1)
+        top1 = {f"branch_{index}_top1": percent * count for index, count in enumerate(right)}
+        return {**top1, "agreement": percent * agreeing / pairs}
+
+
 class RealLabels:
     """Accuracy against ImageNet's reassessed labels, where an image may have several or none.
 

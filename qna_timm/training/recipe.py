@@ -18,6 +18,7 @@ from qna_timm.training.errors import UsageError, closest
 from qna_timm.training.flags import FlagTable, all_flags, convert, flags_by_key, parse_command_line
 from qna_timm.training.flags_train import TRAIN_FLAGS
 from qna_timm.training.flags_validate import VALIDATE_FLAGS
+from qna_timm.training.names import resolve_model
 
 BUILTIN_DATASET = "sklearn/digits"
 
@@ -148,7 +149,9 @@ def _smoke_side(args: Namespace) -> int:
     side = args.input_size[-1] if args.input_size else args.img_size or 0
     # A recipe for larger images is about its windows and tables: leave these something to do.
     least = 64 if side > 224 else 32
-    config = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model) else None
+    name, kwargs = resolve_model(args.model, args.model_kwargs)
+    name = kwargs.get("backbone", name)
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     smallest = (getattr(config, "min_input_size", None) or (3, 1, 1))[-1]
     return max(least, -(-smallest // 32) * 32)
 
@@ -169,6 +172,8 @@ def _apply_smoke(args: Namespace, command: Mapping[str, Any]) -> None:
     args.dataset_download = args.pretrained = args.log_wandb = False
     if "pretrained_path" not in command and not Path(args.pretrained_path or "").is_file():
         args.pretrained_path = None
+    if "backbone_checkpoint" not in command and not Path(args.backbone_checkpoint).is_file():
+        args.backbone_checkpoint = ""
     args.batch_size, args.validation_batch_size = min(args.batch_size, 4), 16
     args.grad_accum_steps = min(args.grad_accum_steps, 2)
     args.workers = 0

@@ -6,6 +6,7 @@ import datetime
 import json
 import logging
 import platform
+import re
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ import qna_timm
 from qna_timm.training.checkpoint import TEMPORARY_PATTERN, replacing
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
+from qna_timm.training.names import model_label
 from qna_timm.training.resume import STATE_NAME, find_state
 
 ARGS_NAME = "args.yaml"
@@ -52,7 +54,8 @@ def plan_run(
     """Decide on the run folder and on the state to go on from, without writing anything.
 
     Args:
-        args: Flags, of which ``output``, ``experiment``, ``resume`` and ``model`` are read.
+        args: Flags, of which ``output``, ``experiment``, ``resume``, ``model`` and
+            ``model_kwargs`` are read.
         image_size: Height and width in pixels, part of the default name.
         resumed_in_place: Whether a run given by ``--resume`` goes on in its own folder.
 
@@ -89,7 +92,8 @@ def _new_folder(args: argparse.Namespace, image_size: Sequence[int]) -> Path:
             )
         return folder
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{now}-{safe_model_name(args.model)}-{image_size[-1]}"
+    model = safe_model_name(model_label(args.model, args.model_kwargs))
+    name = f"{now}-{model}-{image_size[-1]}"
     folder, count = output / name, 1
     while folder.exists():
         count += 1
@@ -212,6 +216,18 @@ def summary_row(
         **{f"eval_{name}": value for name, value in evaluated.items()},
         "lr": lr,
     }
+
+
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """Metrics in a line: ``top1 93.5, branches_top1 91.2 90.8 92.1, agreement 94.6``."""
+    parts: list[str] = []
+    for name, value in metrics.items():
+        branch = re.fullmatch(r"branch_(\d+)_(.*)", name)
+        if branch and branch[1] != "0":
+            parts[-1] += f" {value:.4g}"
+        else:
+            parts.append(f"{f'branches_{branch[2]}' if branch else name} {value:.4g}")
+    return ", ".join(parts)
 
 
 def write_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -141,12 +141,13 @@ def write_results(
 
     Args:
         path: File to write.
-        results: One row, or several with the same keys.
+        results: One row, or several; a key that a row lacks leaves its column empty.
         file_format: `csv`, or `json` (an object for one row, a list for several).
     """
     if file_format == "csv":
         rows = [results] if isinstance(results, Mapping) else results
-        _write_csv(path, rows, list(rows[0]))
+        # Models differ in their number of branches.
+        _write_csv(path, rows, list(dict.fromkeys(key for row in rows for key in row)))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:

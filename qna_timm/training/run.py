@@ -1,6 +1,7 @@
 """A run made ready from its settings: data, model, and what trains it. Nothing is written."""
 
 import argparse
+import inspect
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from timm.utils import random_seed
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from qna_timm.training import report
@@ -27,10 +29,19 @@ from qna_timm.training.data import (
     uses_prefetcher,
 )
 from qna_timm.training.distributed import Processes
+from qna_timm.training.gramian_task import GramianTask, has_branches
 from qna_timm.training.loop import Precision, Trainer, num_updates
+from qna_timm.training.names import model_label
 from qna_timm.training.optim import create_optimizer, create_schedule, learning_rate
-from qna_timm.training.task import build_task, create_mixup
+from qna_timm.training.task import TrainTask, create_loss, create_mixup
 from qna_timm.training.tta import AveragedViews
+
+# PyTorch's new name for sending buffers out at each step, and the old one.
+BUFFERS_FLAG = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -115,6 +126,29 @@ def set_up(args: argparse.Namespace, processes: Processes) -> Run:
     return run
 
 
+def build_task(args: argparse.Namespace, model: nn.Module, processes: Processes) -> TrainTask:
+    """The task: model and loss, averaged weights, compiled, distributed; in that order."""
+    loss, common = create_loss(args), {"device": processes.device, "verbose": False}
+    if has_branches(model):
+        task: TrainTask = GramianTask(model, loss, ga_lam=args.ga_lam, **common)
+    else:
+        task = TrainTask(model, loss, **common)
+    if args.model_ema and (processes.is_primary or not args.model_ema_force_cpu):
+        task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device="cpu" if args.model_ema_force_cpu else None,
+        )
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        if not args.model_ema_force_cpu:
+            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if processes.distributed:
+        kwargs = {BUFFERS_FLAG: False} if args.no_ddp_bb else {}
+        task.prepare_distributed(device_ids=processes.ddp_device_ids, **kwargs)
+    return task
+
+
 def images_per_update(args: argparse.Namespace, processes: Processes) -> int:
     """The global batch: per process x processes x accumulation."""
     return args.batch_size * processes.world_size * args.grad_accum_steps
@@ -141,7 +175,7 @@ def _announce_data_and_model(
         _count(train_set),
         _count(eval_set),
         metadata["num_classes"],
-        args.model,
+        model_label(args.model, args.model_kwargs),
         sum(p.numel() for p in model.parameters()) / 1e6,
         "x".join(map(str, metadata["data_config"]["input_size"])),
     )

@@ -1,7 +1,6 @@
 """The training task: a model, its loss in named parts, and what happens after an update."""
 
 import argparse
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,17 +9,9 @@ from timm.loss import create_classification_loss
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
-
-# PyTorch's new name for sending buffers out at each step, and the old one.
-BUFFERS_FLAG = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel).parameters
-)
+from qna_timm.training.observers import BranchCounts
 
 
 class TrainTask(ClassificationTask):
@@ -64,6 +55,10 @@ class TrainTask(ClassificationTask):
     def num_classes(self) -> int:
         """Classes that the model tells apart."""
         return unwrap_model(self.get_trainable_module()).num_classes
+
+    def branch_counts(self) -> BranchCounts | None:
+        """Fresh counts for one evaluation of a model that returns its branches; None for others."""
+        return None
 
     def post_step(self) -> None:
         """Called after every update that changed the weights, before they are averaged."""
@@ -136,22 +131,3 @@ def create_mixup(args: argparse.Namespace, num_classes: int, in_loader: bool) ->
         label_smoothing=args.smoothing,
         num_classes=num_classes,
     )
-
-
-def build_task(args: argparse.Namespace, model: nn.Module, processes: Processes) -> TrainTask:
-    """The task: model and loss, averaged weights, compiled, distributed; in that order."""
-    task = TrainTask(model, create_loss(args), device=processes.device, verbose=False)
-    if args.model_ema and (processes.is_primary or not args.model_ema_force_cpu):
-        task.setup_ema(
-            decay=args.model_ema_decay,
-            use_warmup=args.model_ema_warmup,
-            device="cpu" if args.model_ema_force_cpu else None,
-        )
-    if args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-        if not args.model_ema_force_cpu:
-            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
-    if processes.distributed:
-        kwargs = {BUFFERS_FLAG: False} if args.no_ddp_bb else {}
-        task.prepare_distributed(device_ids=processes.ddp_device_ids, **kwargs)
-    return task

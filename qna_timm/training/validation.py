@@ -19,17 +19,18 @@ from torch.utils.data import Dataset
 from qna_timm.training.checkpoint import (
     FOLDER_FILES,
     STATE_SUFFIX,
+    WEIGHTS_SUFFIXES,
     find_weights,
     load_weights,
     read_metadata,
 )
 from qna_timm.training.data import dataset_classes, open_dataset
 from qna_timm.training.errors import UsageError
-from qna_timm.training.names import expand_model_names
+from qna_timm.training.gramian_task import has_branches
+from qna_timm.training.names import expand_model_names, resolve_model
 
 _logger = logging.getLogger(__name__)
 
-_CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
 _DATA_KEYS = ("dataset", "data_dir", "class_map", "input_img_mode", "input_key", "target_key")
 _PREPROCESSING_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -56,7 +57,7 @@ def _checkpoints_in(folder: Path) -> list[str]:
         str(path)
         for path in folder.iterdir()
         if (path.is_dir() and any((path / name).is_file() for name in FOLDER_FILES))
-        or (path.name.endswith(_CHECKPOINT_SUFFIXES) and not path.name.endswith(STATE_SUFFIX))
+        or (path.name.endswith(WEIGHTS_SUFFIXES) and not path.name.endswith(STATE_SUFFIX))
     ]
     if not found:
         raise UsageError(f"--checkpoint {folder}: no checkpoint and no run folder in there")
@@ -107,7 +108,8 @@ def settings_for(
         raise UsageError(
             f"--checkpoint {candidate.checkpoint} does not say its architecture; name it by --model"
         )
-    if candidate.model and candidate.model.partition(".")[0] != metadata.get("arch"):
+    settings.model, own_kwargs = resolve_model(settings.model, args.model_kwargs)
+    if candidate.model and not _describes(metadata, settings.model, own_kwargs):
         # Another model's description does not fit; load_weights will judge the weights.
         metadata = {key: metadata[key] for key in ("arch", "dataset") if key in metadata}
     given = args.given
@@ -120,13 +122,20 @@ def settings_for(
         raise UsageError(
             f"--in-chans {channels}: the model of {path} takes {trained_channels} channels"
         )
-    settings.model_kwargs = {**metadata.get("model_kwargs", {}), **args.model_kwargs}
+    settings.model_kwargs = {**metadata.get("model_kwargs", {}), **own_kwargs}
     preprocessing = metadata.get("data_config", {})
     for key in _PREPROCESSING_KEYS:
         if key not in given and key in preprocessing:
             setattr(settings, key, preprocessing[key])
     _take_data(settings, metadata.get("dataset", {}))
     return settings, metadata
+
+
+def _describes(metadata: Mapping[str, Any], name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's metadata is about a model of this name, on the backbone asked for."""
+    saved = metadata.get("model_kwargs", {}).get("backbone")
+    backbone = kwargs.get("backbone", saved)
+    return name.partition(".")[0] == metadata.get("arch") and backbone == saved
 
 
 def _take_data(settings: argparse.Namespace, saved: Mapping[str, Any]) -> None:
@@ -318,6 +327,8 @@ def apply_test_pool(model: nn.Module, data_config: dict[str, Any]) -> nn.Module:
     Raises:
         UsageError: the model's features are no maps that can be pooled.
     """
+    if has_branches(model):
+        raise UsageError("--test-pool is for average pooling; Gramian heads read maps of any size")
     pooled, applied = apply_test_time_pool(model, data_config)
     if not applied:
         _logger.warning("--test-pool changes nothing: the images are no larger than in training")
