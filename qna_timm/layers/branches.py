@@ -142,7 +142,6 @@ class BranchLinear(nn.Module):
         init_layer(self.weight, self.bias, conv_init if self.is_conv else "trunc_normal")
 
     def forward(self, x: Tensor) -> Tensor:
-        branches, length, _ = x.shape
         parts = self.num_branches * self.groups
         if self.groups > 1:  # M, L, groups*in -> M*groups, L, in
             x = x.unflatten(2, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
@@ -152,7 +151,7 @@ class BranchLinear(nn.Module):
         else:
             x = torch.baddbmm(self.bias.view(parts, 1, -1), x, weight)
         if self.groups > 1:  # M*groups, L, out -> M, L, groups*out
-            x = x.unflatten(0, (branches, self.groups)).transpose(1, 2).flatten(2)
+            x = x.unflatten(0, (self.num_branches, self.groups)).transpose(1, 2).flatten(2)
         return x
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 """Residual layers on the maps that Gram matrices are made of, all branches at once.
 
-Both take the branches' maps side by side, [B, M*G, H, W], and give tokens [M, B*H*W, G].
+All take the branches' maps side by side, [B, M*G, H, W], and give tokens [M, B*H*W, G].
 Letters: B batch, H W map, N = H*W positions, G gram_dim, M branches.
 """
 
@@ -18,6 +18,23 @@ def branch_tokens(x: Tensor, num_branches: int) -> Tensor:
     dim = channels // num_branches
     x = x.permute(0, 2, 3, 1).reshape(batch * height * width, num_branches, dim)
     return x.transpose(0, 1)
+
+
+class BranchTokens(nn.Module):
+    """No layer: the branches' maps as tokens.
+
+    Args:
+        num_branches: M.
+
+    Shape: [B, M*G, H, W] -> [M, B*H*W, G].
+    """
+
+    def __init__(self, num_branches: int) -> None:
+        super().__init__()
+        self.num_branches = num_branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        return branch_tokens(x, self.num_branches)
 
 
 class BranchDropPath(DropPath):

@@ -21,7 +21,7 @@ from qna_timm.layers.branches import (
     check_divisor,
     init_layer,
 )
-from qna_timm.layers.gram_layer import ConvNeXtGramLayer, CSWinGramLayer, branch_tokens
+from qna_timm.layers.gram_layer import BranchTokens, ConvNeXtGramLayer, CSWinGramLayer
 from qna_timm.ops.gramian import class_attention, gram_triangle, triangle_index
 
 # dtypes and autocast decide inside; FX takes each as one node
@@ -127,6 +127,7 @@ class GramianHead(nn.Module):
         gram_mlp_groups: Groups of the MLP in a 'cswin' gram_layer.
         gram_num_heads: Heads in a 'cswin' gram_layer, an even divisor of G.
         gram_split_size: Width of its stripes, in positions.
+        drop_rate: Dropout of the tokens before the classifiers.
         drop_path: Stochastic depth of the gram_layer.
         init_values: Initial layer scale of the class attention.
         gram_init_values: Initial layer scale of a 'convnext' gram_layer.
@@ -156,6 +157,7 @@ class GramianHead(nn.Module):
         gram_mlp_groups: int = 1,
         gram_num_heads: int = 6,
         gram_split_size: int = 7,
+        drop_rate: float = 0.0,
         drop_path: float = 0.0,
         init_values: float = 1e-4,
         gram_init_values: float = 1e-6,
@@ -184,7 +186,7 @@ class GramianHead(nn.Module):
         self.gram_proj: nn.Module | None
         self.gram_proj = BranchConv1x1(in_features, gram_dim, num_branches, proj_groups, **dd)
         self.gram_proj_norm: nn.Module | None = SmallBatchNorm2d(width, **dd)
-        self.gram_layer: nn.Module | None = None
+        self.gram_layer: nn.Module | None
         if gram_layer == "convnext":
             self.gram_layer = ConvNeXtGramLayer(
                 gram_dim, num_branches, drop_path, gram_init_values, **dd
@@ -199,6 +201,8 @@ class GramianHead(nn.Module):
                 drop_path,
                 **dd,
             )
+        else:
+            self.gram_layer = BranchTokens(num_branches)
         self.gram_embed: nn.Module | None
         self.gram_embed = BranchLinear(
             triangle, in_features, num_branches, embed_groups, is_conv=True, **dd
@@ -216,6 +220,7 @@ class GramianHead(nn.Module):
             init_values,
             **dd,
         )
+        self.head_drop = nn.Dropout(drop_rate)
         self.fc: nn.Module = nn.Identity()
         index = torch.empty(triangle, dtype=torch.int64, device=device)
         self.register_buffer("triangle", index, persistent=False)
@@ -293,11 +298,7 @@ class GramianHead(nn.Module):
         """Every branch's token after class attention: [B, D, H, W] -> [M, B, D]."""
         batch, _, height, width = x.shape
         branches = self.num_branches
-        f = self.gram_proj_norm(self.gram_proj(x))
-        if self.gram_layer is not None:
-            f = self.gram_layer(f)
-        else:
-            f = branch_tokens(f, branches)
+        f = self.gram_layer(self.gram_proj_norm(self.gram_proj(x)))
         f = f.view(branches, batch, height * width, self.gram_dim)
         token = self.gram_embed(gram_triangle(f, self.triangle, height))
         # M, B, D -> B, M*D, 1, 1 and back
@@ -312,7 +313,7 @@ class GramianHead(nn.Module):
             tokens = self._tokens(x)
             if pre_logits or self.num_classes == 0:
                 return tokens.transpose(0, 1).flatten(1)
-            logits = self.fc(tokens)  # M, B, classes
+            logits = self.fc(self.head_drop(tokens))  # M, B, classes
             if self.branch_outputs:
                 return logits.transpose(0, 1)
             return logits.mean(dim=0)
