@@ -232,10 +232,11 @@ def check_weights(
     if not missing and not extra and all(is_classifier_key(model, key) for key in shapes):
         key = shapes[0]
         found, wanted = classes_of(key, weights[key]), classes_of(key, expected[key])
-        raise UsageError(
-            f"{path}: the checkpoint has {found} classes, the model {wanted}"
-            f" (--num-classes {found} fits)"
-        )
+        if found != wanted:
+            raise UsageError(
+                f"{path}: the checkpoint has {found} classes, the model {wanted}"
+                f" (--num-classes {found} fits)"
+            )
     arch = metadata.get("arch")
     ours = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
     text = f"{path}: not a checkpoint of {ours}"

@@ -26,7 +26,12 @@ class Branched(nn.Module):
     """A convolution, its average, and a classifier for each branch."""
 
     def __init__(
-        self, num_classes: int = 1000, in_chans: int = 3, num_branches: int = 3, dim: int = 16
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        num_branches: int = 3,
+        dim: int = 16,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_classes, self.num_branches = num_classes, num_branches

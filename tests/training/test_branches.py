@@ -1,17 +1,12 @@
-"""Models with branches: objective, evaluation, whole runs, flags, classifiers of branches."""
+"""Models with branches: objective, the task in the loop, evaluation."""
 
-import copy
-import csv
 import itertools
 import json
 import sys
-from argparse import Namespace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -24,11 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from branched_model import Branched
 
-from qna_timm.training import build, loop
+from qna_timm.training import loop
 from qna_timm.training.branch_loss import branch_losses, decorrelation
-from qna_timm.training.checkpoint import load_weights, read_metadata, read_weights, save_weights
 from qna_timm.training.distributed import Processes
-from qna_timm.training.errors import UsageError
 from qna_timm.training.evaluation import evaluate
 from qna_timm.training.gramian_task import GramianTask
 from qna_timm.training.observers import BranchCounts

@@ -1,0 +1,383 @@
+"""Models with branches in train.py and validate.py: runs, processes, flags, names, classifiers."""
+
+import csv
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import timm
+import torch
+import yaml
+from matplotlib.figure import Figure
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import branched_model  # noqa: E402, F401  (registers its model)
+
+from qna_timm.convert import ConversionError  # noqa: E402
+from qna_timm.training import build, curves, names, report  # noqa: E402
+from qna_timm.training.checkpoint import (  # noqa: E402
+    check_weights,
+    load_weights,
+    read_metadata,
+    read_weights,
+    save_weights,
+)
+from qna_timm.training.errors import UsageError  # noqa: E402
+from qna_timm.training.recipe import as_yaml_dict, parse_train_args  # noqa: E402
+from qna_timm.training.validation import Candidate, settings_for  # noqa: E402
+
+ROOT = HERE.parents[1]
+METRICS = ["branch_0_top1", "branch_1_top1", "branch_2_top1", "agreement"]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def train() -> ModuleType:
+    return script("train")
+
+
+@pytest.fixture(scope="module")
+def validate() -> ModuleType:
+    return script("validate")
+
+
+def digits(output: Path, *argv: str) -> list[str]:
+    """A run of seconds; later flags go before these."""
+    words = "--dataset sklearn/digits --model test_branched --img-size 32 -b 16 -j 0 --device cpu"
+    words += " --opt adamw --lr 1e-2 --warmup-epochs 1 --epochs 2 --max-steps 3"
+    words += " --val-num-samples 64 --log-interval 1 --ga-lam -0.8"
+    return [*words.split(), "--output", str(output), *argv]
+
+
+def summary(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- whole runs ---
+
+
+def test_branches_are_measured_everywhere(
+    train: ModuleType,
+    validate: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    argv = digits(tmp_path, "--experiment", "a", "--model-ema", "--model-ema-decay", "0.5")
+    assert train.main([*argv, "--log-tensorboard"]) == 0
+    folder = tmp_path / "a"
+    (_, row) = summary(folder)
+    losses = {name: float(row[f"train_{name}"]) for name in ("loss", "loss_class")}
+    decorrelation = float(row["train_loss_decorrelation"])
+    assert decorrelation < 0
+    assert losses["loss"] == pytest.approx(losses["loss_class"] + decorrelation, rel=1e-5)
+    for ending in ("", "_ema"):
+        assert all(0 <= float(row[f"eval_{name}{ending}"]) <= 100 for name in METRICS)
+    log = (folder / "train.log").read_text()
+    assert f"branches_top1 {float(row['eval_branch_0_top1']):.4g} " in log
+    assert f"agreement {float(row['eval_agreement']):.4g}," in log
+    (events,) = (folder / "tensorboard").iterdir()
+    for tag in (b"eval/agreement", b"eval/branch_2_top1", b"train/loss_decorrelation"):
+        assert tag in events.read_bytes()
+
+    # the weights are the model's own, and validate.py sees what the run saw
+    model = timm.create_model("test_branched", num_classes=10)
+    load_weights(model, folder)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    capsys.readouterr()
+    last = ["--checkpoint", str(folder / "last.safetensors"), "--num-samples", "64"]
+    results = []
+    for flags in ([], ["--branches"]):
+        assert validate.main([*last, *flags, "--device", "cpu", "-j", "0"]) == 0
+        results.append(json.loads(capsys.readouterr().out.split("--result")[1]))
+    plain, branched = results
+    assert [name for name in branched if name not in plain] == METRICS
+    for name in ("top1", *METRICS):
+        assert branched[name] == pytest.approx(float(row[f"eval_{name}"]), abs=1e-3)
+    assert branched["top1"] == plain["top1"] and branched["loss"] == plain["loss"]
+
+
+FLAGS = {
+    "mixed": "--mixup 0.2 --cutmix 1 --bce-loss --smoothing 0.1 --grad-accumulation 2",
+    "jsd": "--aug-splits 2 --loss jsd",
+    "float16": "--amp --clip-grad 1 --channels-last",
+    "bfloat16": "--amp --amp-dtype bfloat16 --grad-checkpointing --model-ema",
+    "weights": "--model-dtype bfloat16",
+    "compile": "--torchcompile eager --model-ema --epochs 1",
+    "views": "--tta 2",
+    "agc": "--clip-grad 0.01 --clip-mode agc --opt lamb",
+    "head": "--head-init-scale 0 --head-init-bias 1 --lr 0 --sched none",
+    "one": "--model-kwargs num_branches=1",
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_go_with_branches(train: ModuleType, tmp_path: Path, name: str) -> None:
+    argv = digits(tmp_path, "--max-steps", "2", "--experiment", name, *FLAGS[name].split())
+    assert train.main(argv) == 0
+    row = summary(tmp_path / name)[-1]
+    assert float(row["train_loss"]) > 0
+    weights, _ = read_weights(tmp_path / name)
+    assert all(value.isfinite().all() for value in weights.values())
+    if name == "head":
+        assert not weights["fc.weight"].any() and (weights["fc.bias"] == 1).all()
+    assert ("eval_agreement" in row) == (name != "one")
+    if "ema" in FLAGS[name]:
+        assert float(row["eval_agreement_ema"]) >= 0
+
+
+def test_resumed_run_equals_the_straight_one(train: ModuleType, tmp_path: Path) -> None:
+    argv = digits(tmp_path, "--mixup", "0.2", "--model-ema", "--model-ema-warmup")
+    train.main([*argv, "--experiment", "straight"])
+    train.main([*argv, "--experiment", "stopped", "--stop-epoch", "1"])
+    train.main(["--resume", str(tmp_path / "stopped"), "--stop-epoch", "2"])
+    texts = [(tmp_path / name / "summary.csv").read_text() for name in ("straight", "stopped")]
+    assert texts[0] == texts[1]
+
+
+def test_two_processes_train_like_one(train: ModuleType, tmp_path: Path) -> None:
+    """Same global batch, no batch norm: equal up to the order of float32 sums."""
+    shared = ["--no-aug", "--grad-accumulation", "2", "--epochs", "1", "--lr", "1e-3"]
+    train.main(digits(tmp_path, *shared, "-b", "16", "--experiment", "one"))
+    argv = digits(tmp_path, *shared, "-b", "8", "--experiment", "two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "train.py"), *argv]
+    path = f"{ROOT}{os.pathsep}{HERE}"
+    done = subprocess.run(
+        [*command, "--device-modules", "branched_model"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (one,), (two,) = summary(tmp_path / "one"), summary(tmp_path / "two")
+    assert list(one) == list(two) and "eval_agreement" in one
+    for column, value in one.items():
+        assert float(two[column]) == pytest.approx(float(value), rel=1e-5), column
+
+
+# --- flags ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        ("--model test_vit", r"--ga-lam -0.8: test_vit has no branches .*--model ga_test_vit"),
+        ("--torchscript", "--torchscript: a scripted test_branched .*--torchcompile works"),
+        ("--ga-lam nan", "--ga-lam: expected a number, found 'nan'"),
+        ("--backbone-checkpoint no/such.pth", "--backbone-checkpoint: there is no file"),
+        ("--backbone-checkpoint test_vitt", "--backbone-checkpoint: unknown model .*'test_vit'"),
+        (
+            "--backbone-checkpoint test_vit --initial-checkpoint {self}",
+            "--initial-checkpoint: loads the whole model, --backbone-checkpoint its trunk",
+        ),
+        (
+            "--backbone-checkpoint {self} --model test_vit --ga-lam 0",
+            "--backbone-checkpoint .*: test_vit is a backbone itself; --pretrained-path",
+        ),
+        ("--model ga_test_vitt", "--model: unknown model 'ga_test_vitt'.*'ga_test_vit'"),
+        (
+            "--model ga_test_vit --model-kwargs backbone=test_resnet",
+            "--model ga_test_vit: .*another backbone, 'test_resnet'",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(train: ModuleType, tmp_path: Path, flags: str, pattern: str) -> None:
+    argv = digits(tmp_path / "out", *flags.format(self=__file__).split())
+    with pytest.raises(UsageError, match=pattern) as caught:
+        train.main(argv)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_weight_for_a_model_without_branches(train: ModuleType, tmp_path: Path) -> None:
+    """args.yaml of any run names every key."""
+    flags = ["--model", "test_vit", "--GA_lam", "0", "--experiment", "a", "--epochs", "1"]
+    assert train.main(digits(tmp_path, *flags)) == 0
+    assert "eval_agreement" not in summary(tmp_path / "a")[0]
+
+
+def test_authors_spellings(tmp_path: Path) -> None:
+    base = ["--dataset", "sklearn/digits", "--model", "test_branched", "--device", "cpu"]
+    for name in ("--ga-lam", "--ga_lam", "--GA_lam", "--GA-lam"):
+        assert parse_train_args([*base, name, "-0.8"]).ga_lam == -0.8
+        assert parse_train_args([*base, f"{name}=-8e-1"]).ga_lam == -0.8
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("GA_lam: -0.4\ngrad-accumulation: 4\n")
+    args = parse_train_args([*base, "--config", str(recipe)])
+    assert (args.ga_lam, args.grad_accum_steps) == (-0.4, 4)
+
+
+def test_backbone_is_loaded_and_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = timm.create_model("test_branched", num_classes=10)
+    model.load_backbone = lambda source: "150 tensors loaded"
+    caplog.set_level(logging.INFO)
+    build.load_backbone(model, "resnet50.a1_in1k")
+    assert caplog.messages == ["backbone resnet50.a1_in1k: 150 tensors loaded"]
+
+    def fails(source: str) -> str:
+        raise ConversionError(f"{source}: no tensor fits")
+
+    model.load_backbone = fails
+    with pytest.raises(UsageError, match=r"^--backbone-checkpoint x\.pth: no tensor fits$"):
+        build.load_backbone(model, "x.pth")
+
+
+# --- names ---
+
+
+def test_ga_name_means_heads_on_a_backbone(tmp_path: Path) -> None:
+    argv = ["--dataset", "sklearn/digits", "--device", "cpu", "--model", "ga_test_vit.r160_in1k"]
+    args = parse_train_args([*argv, "--model-kwargs", "num_branches=3"])
+    assert args.model == "ga_backbone"
+    assert args.model_kwargs == {"backbone": "test_vit.r160_in1k", "num_branches": 3}
+    report.write_args(tmp_path, as_yaml_dict(args))
+    saved = yaml.safe_load((tmp_path / "args.yaml").read_text())
+    assert (saved["model"], saved["model_kwargs"]) == (args.model, args.model_kwargs)
+    assert names.model_label(args.model, args.model_kwargs) == "ga_test_vit.r160_in1k"
+    folder, _ = report.plan_run(args, (32, 32), False)
+    assert folder.name.split("-")[2].startswith("ga_test_vit")
+    for name in ("test_vit", "qna_vit_tiny", "hf-hub:ga_test_vit"):
+        assert names.resolve_model(name, {"depth": 1}) == (name, {"depth": 1})
+
+
+def test_ga_name_and_its_checkpoint(tmp_path: Path) -> None:
+    """The name stands for what the checkpoint describes, unless it is another backbone's."""
+    metadata = {
+        "arch": "ga_backbone",
+        "num_classes": 10,
+        "model_kwargs": {"backbone": "test_vit", "num_branches": 3},
+        "dataset": {"dataset": "sklearn/digits"},
+    }
+    path = tmp_path / "best.safetensors"
+    save_weights(path, nn.Linear(1, 1), metadata)
+    args = script("validate").parse_validate_args(["--checkpoint", str(path), "--device", "cpu"])
+    for name, expected in (
+        (None, metadata["model_kwargs"]),
+        ("ga_test_vit", metadata["model_kwargs"]),
+        ("ga_test_resnet", {"backbone": "test_resnet"}),
+    ):
+        settings, _ = settings_for(args, Candidate(name, str(path)))
+        assert (settings.model, settings.model_kwargs) == ("ga_backbone", expected)
+        assert settings.num_classes == (None if name == "ga_test_resnet" else 10)
+
+
+# --- classifiers of branches ---
+
+
+def weights_of(path: Path, num_classes: int, **kwargs: int) -> Path:
+    torch.manual_seed(1)
+    model = timm.create_model("test_branched", num_classes=num_classes, **kwargs)
+    save_weights(path, model, {"arch": "test_branched", "num_classes": num_classes})
+    return path
+
+
+def test_other_classes_leave_a_fresh_classifier(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = weights_of(tmp_path / "weights.safetensors", 12)
+    weights, metadata = read_weights(path)
+    for load in (build.load_initial, build.load_as_pretrained):
+        model = timm.create_model("test_branched", num_classes=10)
+        own = model.fc.weight.clone()
+        caplog.clear()
+        load(model, str(path))
+        assert torch.equal(model.stem[0].weight, weights["stem.0.weight"])
+        assert torch.equal(model.fc.weight, own)
+        assert "has 12 classes, the model 10: its classifier (fc) is fresh" in caplog.text
+    with pytest.raises(UsageError, match=r"has 12 classes, the model 10 \(--num-classes 12 fits\)"):
+        check_weights(model, weights, metadata, path)
+    same = timm.create_model("test_branched", num_classes=12)
+    build.load_as_pretrained(same, str(path))
+    assert torch.equal(same.fc.weight, weights["fc.weight"])
+
+
+def test_other_branches_are_not_other_classes(tmp_path: Path) -> None:
+    path = weights_of(tmp_path / "weights.safetensors", 10, num_branches=2)
+    weights, metadata = read_weights(path)
+    model = timm.create_model("test_branched", num_classes=10)
+    with pytest.raises(UsageError, match=r"fc\.weight \(2, 10, 16\) not \(3, 10, 16\)"):
+        check_weights(model, weights, metadata, path)
+
+
+def test_fine_tuning_to_other_classes(train: ModuleType, tmp_path: Path) -> None:
+    path = weights_of(tmp_path / "weights.safetensors", 12)
+    argv = ["--initial-checkpoint", str(path), "--experiment", "a", "--epochs", "1"]
+    assert train.main(digits(tmp_path, *argv)) == 0
+    assert read_metadata(tmp_path / "a")["num_classes"] == 10
+
+
+# --- validate.py ---
+
+
+def test_branches_of_a_model_without(validate: ModuleType, tmp_path: Path) -> None:
+    argv = ["--dataset", "sklearn/digits", "--device", "cpu", "-j", "0", "--branches"]
+    with pytest.raises(UsageError, match="--branches: qna_vit_tiny has one classifier"):
+        validate.main([*argv, "--model", "qna_vit_tiny", "--num-classes", "10"])
+    with pytest.raises(UsageError, match=r"--branches: .*not with --real-labels"):
+        validate.main([*argv, "--real-labels", __file__])
+    branched = ["--model", "test_branched", "--num-classes", "10", "--img-size", "64"]
+    with pytest.raises(UsageError, match="--test-pool is for average pooling"):
+        validate.main([*argv, *branched, "--test-pool"])
+
+
+def test_results_of_different_numbers_of_branches(validate: ModuleType, tmp_path: Path) -> None:
+    for count in (2, 3):
+        metadata = {
+            "arch": "test_branched",
+            "num_classes": 10,
+            "model_kwargs": {"num_branches": count},
+        }
+        model = timm.create_model("test_branched", num_classes=10, num_branches=count)
+        save_weights(tmp_path / f"{count}.safetensors", model, metadata)
+    table = tmp_path / "results.csv"
+    words = "--dataset sklearn/digits --device cpu -j 0 --img-size 32 --branches"
+    argv = [*words.split(), "--checkpoint", str(tmp_path), "--results-file", str(table)]
+    assert validate.main(argv) == 0
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(bool(row["branch_2_top1"]) for row in rows) == [False, True]
+    assert all(row["agreement"] and row["branch_1_top1"] for row in rows)
+
+
+# --- the picture ---
+
+
+def test_curves_of_branches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated = {"loss": 1.0, "top1": 50.0, "branch_0_top1": 45.0, "branch_1_top1": 49.0}
+    rows = [
+        report.summary_row(0, {"loss": 2.0, "loss_decorrelation": -0.1}, {}, 0.1),
+        report.summary_row(
+            1, {"loss": 1.5, "loss_decorrelation": -0.2}, {**evaluated, "agreement": 80.0}, 0.05
+        ),
+    ]
+    figures: list[Figure] = []
+    write = Figure.savefig
+
+    def savefig(figure: Figure, *args: object, **kwargs: object) -> None:
+        figures.append(figure)
+        write(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    curves.draw_curves(rows, tmp_path / "curves.png", "title")
+    titles = [axes.get_title() for axes in figures[0].axes]
+    assert titles[3:] == ["Agreement of branches (%)", "Decorrelation part of the loss"]
+    (line,) = figures[0].axes[4].lines
+    assert list(line.get_ydata()) == [-0.1, -0.2]
