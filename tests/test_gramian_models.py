@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -221,15 +222,13 @@ def test_branch_count_and_width() -> None:
 def test_weight_decay_and_layer_groups() -> None:
     """Vectors are not decayed though they hold all branches; layer decay knows the order."""
     model = small()
-    optimizer = timm.optim.create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.1)
+    optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.1)
     plain = {id(p) for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
     vectors = {
         id(p) for name, p in model.named_parameters() if p.ndim == 1 or name.endswith("bias")
     }
     assert plain == vectors
-    optimizer = timm.optim.create_optimizer_v2(
-        model, "sgd", lr=0.1, weight_decay=0.1, layer_decay=0.5
-    )
+    optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.1, layer_decay=0.5)
     scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
     scales = [
         scale[id(p)]

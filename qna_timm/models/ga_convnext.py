@@ -18,7 +18,7 @@ from qna_timm.models.gramian import checkpoint_filter_fn as checkpoint_filter_fn
 
 __all__ = ["GramianConvNeXt"]
 
-TAP_STAGE = 2
+TAP_STAGE = 2  # the third stage
 
 
 class ConvNeXtTrunk(ConvNeXt):
@@ -32,6 +32,7 @@ class ConvNeXtTrunk(ConvNeXt):
     def __init__(self, num_taps: int, **convnext_args: Any) -> None:
         super().__init__(num_classes=0, **convnext_args)
         self.head = nn.Identity()
+        self.tap_stage = TAP_STAGE
         self.tap_blocks = tap_positions(len(self.stages[TAP_STAGE].blocks), num_taps)
 
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
@@ -42,18 +43,17 @@ class ConvNeXtTrunk(ConvNeXt):
         maps = []
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
-            if i != TAP_STAGE:
+            if i == self.tap_stage:
+                x = stage.downsample(x)
+                for number, block in enumerate(stage.blocks):
+                    if stage.grad_checkpointing and not torch.jit.is_scripting():
+                        x = checkpoint(block, x)
+                    else:
+                        x = block(x)
+                    if number + 1 in self.tap_blocks:
+                        maps.append(x)
+            else:
                 x = stage(x)
-                maps.append(x)
-                continue
-            x = stage.downsample(x)
-            for number, block in enumerate(stage.blocks):
-                if stage.grad_checkpointing and not torch.jit.is_scripting():
-                    x = checkpoint(block, x)
-                else:
-                    x = block(x)
-                if number + 1 in self.tap_blocks:
-                    maps.append(x)
             maps.append(x)
         return maps
 
