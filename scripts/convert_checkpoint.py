@@ -2,24 +2,67 @@
 """Convert a released checkpoint to a safetensors file that timm, train.py and validate.py load.
 
 python scripts/convert_checkpoint.py checkpoint_375300 --model qna_vit_tiny --out tiny.safetensors
+python scripts/convert_checkpoint.py last.pth.tar --model ga_convnext_tiny --out ga.safetensors
 """
 
 import argparse
 import importlib.util
 import inspect
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 from timm.utils import ParseKwargs
+from torch import Tensor, nn
 
-from qna_timm.convert import ConversionError, qna_vit_state_dict, read_flax_checkpoint
-from qna_timm.models import QnAViT  # and registers the models
-from qna_timm.training.checkpoint import METADATA_KEY, save_tensors
+from qna_timm.convert import (
+    ConversionError,
+    cswin_state_dict,
+    gramian_state_dict,
+    qna_vit_state_dict,
+    read_flax_checkpoint,
+)
+from qna_timm.models import CSWin, GramianNet, QnAViT  # and registers the models
+from qna_timm.training.checkpoint import METADATA_KEY, read_weights, save_tensors
 from qna_timm.training.errors import UsageError, closest, run_cli
 
 HEAD = ("head.fc.weight", "head.fc.bias")
+
+
+@dataclass(frozen=True)
+class Release:
+    """How the checkpoints of one release are read and converted.
+
+    Args:
+        model_class: What the models are instances of.
+        classifier_bias: Name in the file of a tensor whose length is the number of classes.
+        convert: From the file's tensors and the model to the model's tensors.
+        is_flax: A msgpack file or folder instead of a PyTorch or safetensors file.
+    """
+
+    model_class: type[nn.Module]
+    classifier_bias: str
+    convert: Callable[..., dict[str, Tensor]]
+    is_flax: bool = False
+
+    def read(self, args: argparse.Namespace) -> Mapping[str, Any]:
+        """The file's arrays or tensors by name."""
+        if self.is_flax:
+            return read_flax_checkpoint(args.checkpoint)
+        return read_weights(args.checkpoint, args.use_ema)[0]
+
+
+# By the beginning of the model's name
+RELEASES = {
+    "qna_vit_": Release(
+        QnAViT, "ClassificationHead_0/head_logits/bias", qna_vit_state_dict, is_flax=True
+    ),
+    "ga_": Release(GramianNet, "fc.0.bias", gramian_state_dict),
+    "cswin_": Release(CSWin, "head.bias", cswin_state_dict),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,7 +71,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "checkpoint",
         type=Path,
-        help="Flax msgpack checkpoint, or a folder of checkpoint_<step> files (the newest is read)",
+        help="QnA-ViT: Flax msgpack checkpoint, or a folder of checkpoint_<step> files (the newest"
+        " is read); Gramian networks and CSWin: PyTorch or safetensors file",
     )
     parser.add_argument("--model", required=True, help="model name, such as qna_vit_tiny")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
@@ -46,11 +90,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="arguments of the model, for other constructions than the named ones",
     )
+    parser.add_argument(
+        "--use-ema",
+        action="store_true",
+        help="take the averaged weights of a PyTorch file that holds both",
+    )
     return parser.parse_args(argv)
 
 
-def _check_args(args: argparse.Namespace) -> None:
-    names = timm.list_models("qna_vit_*")
+def _check_args(args: argparse.Namespace) -> Release:
+    names = [name for start in RELEASES for name in timm.list_models(f"{start}*")]
     if args.model not in names:
         raise UsageError(
             f"--model {args.model}: no converter for this model{closest(args.model, names)}"
@@ -63,8 +112,12 @@ def _check_args(args: argparse.Namespace) -> None:
         raise UsageError(f"--out {args.out}: no such folder {args.out.parent}")
     if args.num_classes is not None and args.num_classes < 0:
         raise UsageError(f"--num-classes {args.num_classes}: must be 0 or more")
-    if importlib.util.find_spec("msgpack") is None:
+    release = next(value for start, value in RELEASES.items() if args.model.startswith(start))
+    if release.is_flax and args.use_ema:
+        raise UsageError(f"--use-ema: {args.model}'s checkpoints hold one set of weights")
+    if release.is_flax and importlib.util.find_spec("msgpack") is None:
         raise UsageError("msgpack is not installed: pip install 'qna_timm[convert]'")
+    return release
 
 
 def _describe(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
@@ -78,7 +131,7 @@ def _describe(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
     }
 
 
-def _create_model(args: argparse.Namespace, num_classes: int) -> QnAViT:
+def _create_model(args: argparse.Namespace, release: Release, num_classes: int) -> nn.Module:
     """On the meta device: names and shapes are all that is asked of it."""
     try:
         model = timm.create_model(
@@ -86,25 +139,29 @@ def _create_model(args: argparse.Namespace, num_classes: int) -> QnAViT:
         )
     except TypeError as error:
         name = str(error).split("'")[1] if "unexpected keyword" in str(error) else ""
-        near = closest(name, inspect.signature(QnAViT).parameters)
+        near = closest(name, inspect.signature(release.model_class).parameters)
         raise UsageError(f"--model-kwargs {args.model_kwargs}: {error}{near}") from None
     except (ValueError, LookupError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise UsageError(f"--model-kwargs {args.model_kwargs}: {error}") from None
-    if not isinstance(model, QnAViT):
+    if not isinstance(model, release.model_class):
         raise UsageError(f"--model-kwargs {args.model_kwargs}: features_only cannot be converted")
     return model
+
+
+def _count_classes(tensors: Mapping[str, Any], release: Release) -> int:
+    bias = tensors.get(release.classifier_bias, tensors.get("head.fc.bias"))
+    return 0 if bias is None or bias.ndim == 0 else bias.shape[-1]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read, convert, check against the model, write."""
     args = parse_args(argv)
-    _check_args(args)
+    release = _check_args(args)
     try:
-        arrays = read_flax_checkpoint(args.checkpoint)
-        head = arrays.get("ClassificationHead_0/head_logits/bias")
-        found = 0 if head is None or head.ndim == 0 else len(head)
-        model = _create_model(args, found)
-        state_dict = qna_vit_state_dict(arrays, model, exact=True)
+        tensors = release.read(args)
+        found = _count_classes(tensors, release)
+        model = _create_model(args, release, found)
+        state_dict = release.convert(tensors, model, exact=True)
     except (ConversionError, OSError) as error:
         raise UsageError(f"{args.checkpoint}: {error}") from None
     wanted = found if args.num_classes is None else args.num_classes

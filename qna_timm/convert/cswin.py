@@ -82,19 +82,22 @@ def rename_cswin(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     return {str(ours): state_dict[name] for name, ours in names.items()}
 
 
-def cswin_state_dict(state_dict: Mapping[str, Any], model: "CSWin") -> dict[str, Tensor]:
+def cswin_state_dict(
+    state_dict: Mapping[str, Any], model: "CSWin", exact: bool = False
+) -> dict[str, Tensor]:
     """CSWin's parameters under the model's names.
 
     Args:
         state_dict: A file of the CSWin release, whole or its parameters alone, or our names, which
             pass unchanged.
         model: The model they are for.
+        exact: The first convolution must have the model's input channels.
 
     Raises:
         ConversionError: tensors missing, unknown or of the wrong shape.
     """
     tensors = unwrap(state_dict, "state_dict_ema", "state_dict", "model")
     converted = rename_cswin(tensors) if is_released_cswin(tensors) else dict(tensors)
-    check_fit(converted, model, exact=False)
+    check_fit(converted, model, exact)
     declare_classes(num_classes_of(converted), model)
     return converted
