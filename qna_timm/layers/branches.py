@@ -44,6 +44,20 @@ def init_layer(weight: Tensor, bias: Tensor | None, conv_init: str) -> None:
         nn.init.uniform_(bias, -bound, bound)
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, weight_first: bool) -> Tensor:
+    """x weight^T + bias of every part: [P, L, in], [P, out, in], [P*out] -> [P, L, out]."""
+    parts, width, _ = weight.shape
+    if weight_first:
+        x = x.transpose(1, 2)
+        if bias is None:
+            return torch.bmm(weight, x).transpose(1, 2)
+        return torch.baddbmm(bias.view(parts, width, 1), weight, x).transpose(1, 2)
+    weight = weight.transpose(1, 2)
+    if bias is None:
+        return torch.bmm(x, weight)
+    return torch.baddbmm(bias.view(parts, 1, width), x, weight)
+
+
 class BranchConv1x1(nn.Module):
     """A 1x1 convolution per branch, on the same map: y_m = weight_m x + bias_m.
 
@@ -83,8 +97,9 @@ class BranchConv1x1(nn.Module):
         return x.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.groups == 1:
-            return F.conv2d(x, self.weight, self.bias)
+        if self.groups == 1:  # a linear map of channels-last maps
+            x = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+            return x.permute(0, 3, 1, 2)
         # One convolution of all branches has its groups outside: swap branches and groups of its
         # weight, and back in what comes out.
         weight = self._swap(self.weight, self.num_branches, self.groups)
@@ -110,6 +125,8 @@ class BranchLinear(nn.Module):
         groups: Groups of channels that see only each other, a divisor of both.
         bias: Learn a bias.
         is_conv: The released code has a convolution here, which matters to its initialisation.
+        weight_first: Multiply as weight x^T. The weight's gradient then comes in its own layout,
+            which spares a transposition as long as the product itself where tokens are few.
 
     Shape: [M, L, in_features] -> [M, L, out_features].
     """
@@ -122,6 +139,7 @@ class BranchLinear(nn.Module):
         groups: int = 1,
         bias: bool = True,
         is_conv: bool = False,
+        weight_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -130,6 +148,7 @@ class BranchLinear(nn.Module):
         self.num_branches = num_branches
         self.groups = groups
         self.is_conv = is_conv
+        self.weight_first = weight_first
         shape = (num_branches * out_features, in_features // groups)
         self.weight = nn.Parameter(torch.empty(shape, **dd))
         self.bias: nn.Parameter | None = None
@@ -145,11 +164,8 @@ class BranchLinear(nn.Module):
         parts = self.num_branches * self.groups
         if self.groups > 1:  # M, L, groups*in -> M*groups, L, in
             x = x.unflatten(2, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
-        weight = self.weight.view(parts, -1, self.weight.shape[1]).transpose(1, 2)
-        if self.bias is None:
-            x = torch.bmm(x, weight)
-        else:
-            x = torch.baddbmm(self.bias.view(parts, 1, -1), x, weight)
+        weight = self.weight.view(parts, -1, self.weight.shape[1])
+        x = _product(x, weight, self.bias, self.weight_first)
         if self.groups > 1:  # M*groups, L, out -> M, L, groups*out
             x = x.unflatten(0, (self.num_branches, self.groups)).transpose(1, 2).flatten(2)
         return x
@@ -254,6 +270,7 @@ class BranchMlp(nn.Module):
         num_branches: M.
         groups: Groups of both maps, a divisor of dim and hidden.
         is_conv: See `BranchLinear`.
+        weight_first: See `BranchLinear`.
 
     Shape: [M, L, dim] -> the same.
     """
@@ -265,11 +282,14 @@ class BranchMlp(nn.Module):
         num_branches: int,
         groups: int = 1,
         is_conv: bool = False,
+        weight_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kwargs = dict(groups=groups, is_conv=is_conv, device=device, dtype=dtype)
+        kwargs = dict(
+            groups=groups, is_conv=is_conv, weight_first=weight_first, device=device, dtype=dtype
+        )
         self.groups = groups
         self.fc1 = BranchLinear(dim, hidden, num_branches, **kwargs)
         self.act = nn.GELU()
@@ -313,7 +333,7 @@ class BranchClassifier(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))
+        return _product(x, self.weight, self.bias, weight_first=True)
 
     def extra_repr(self) -> str:
         branches, classes, in_features = self.weight.shape

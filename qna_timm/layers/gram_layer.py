@@ -5,11 +5,14 @@ Letters: B batch, H W map, N = H*W positions, G gram_dim, M branches.
 """
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, drop_path
 from torch import Tensor, nn
 
 from qna_timm.layers.branches import BranchLinear, BranchMlp, BranchNorm, check_divisor
 from qna_timm.layers.stripe_attn import StripeAttention
+
+GRAM_LAYERS = ("convnext", "cswin", None)
 
 
 def branch_tokens(x: Tensor, num_branches: int) -> Tensor:
@@ -17,7 +20,7 @@ def branch_tokens(x: Tensor, num_branches: int) -> Tensor:
     batch, channels, height, width = x.shape
     dim = channels // num_branches
     x = x.permute(0, 2, 3, 1).reshape(batch * height * width, num_branches, dim)
-    return x.transpose(0, 1)
+    return x.transpose(0, 1).contiguous()
 
 
 class BranchTokens(nn.Module):
@@ -89,10 +92,23 @@ class ConvNeXtGramLayer(nn.Module):
         """The initial layer scale; other parameters belong to layers of their own."""
         nn.init.constant_(self.gamma, self.init_values)
 
+    def _conv(self, x: Tensor, batch: int, height: int, width: int) -> Tensor:
+        """conv_dw of tokens, a branch at a time: PyTorch's weight gradient of a channels-last map
+        takes twice as long per channel where it is five times as wide."""
+        branches, length, dim = x.shape
+        weight = self.conv_dw.weight.unflatten(0, (branches, dim)).unbind(0)
+        bias = self.conv_dw.bias.view(branches, dim).unbind(0)
+        maps = x.view(branches, batch, height, width, dim).permute(0, 1, 4, 2, 3).unbind(0)
+        out = [
+            F.conv2d(maps[i], weight[i], bias[i], padding=3, groups=dim).permute(0, 2, 3, 1)
+            for i in range(self.num_branches)
+        ]
+        return torch.stack(out).view(branches, length, dim)
+
     def forward(self, x: Tensor) -> Tensor:
         batch = x.shape[0]
         shortcut = branch_tokens(x, self.num_branches)
-        x = self.mlp(self.norm(branch_tokens(self.conv_dw(x), self.num_branches)))
+        x = self.mlp(self.norm(self._conv(shortcut, batch, x.shape[2], x.shape[3])))
         x = x * self.gamma.view(self.num_branches, 1, -1)
         return self.drop_path(x, batch) + shortcut
 
@@ -169,3 +185,25 @@ class CSWinGramLayer(nn.Module):
         x = branch_tokens(x, self.num_branches)
         x = x + self.drop_path(self._attend(self.norm1(x), batch, height, width), batch)
         return x + self.drop_path(self.mlp(self.norm2(x)), batch)
+
+
+def create_gram_layer(
+    dim: int,
+    num_branches: int,
+    kind: str | None,
+    *,
+    num_heads: int,
+    split_size: int,
+    mlp_groups: int,
+    drop_path: float,
+    init_values: float,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The layer of a kind of `GRAM_LAYERS`; see the classes for the other arguments."""
+    dd = {"device": device, "dtype": dtype}
+    if kind == "convnext":
+        return ConvNeXtGramLayer(dim, num_branches, drop_path, init_values, **dd)
+    if kind == "cswin":
+        return CSWinGramLayer(dim, num_branches, num_heads, split_size, mlp_groups, drop_path, **dd)
+    return BranchTokens(num_branches)

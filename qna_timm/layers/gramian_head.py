@@ -21,14 +21,13 @@ from qna_timm.layers.branches import (
     check_divisor,
     init_layer,
 )
-from qna_timm.layers.gram_layer import BranchTokens, ConvNeXtGramLayer, CSWinGramLayer
+from qna_timm.layers.gram_layer import GRAM_LAYERS, create_gram_layer
 from qna_timm.ops.gramian import class_attention, gram_triangle, triangle_index
 
 # dtypes and autocast decide inside; FX takes each as one node
 register_notrace_function(class_attention)
 register_notrace_function(gram_triangle)
 
-GRAM_LAYERS = ("convnext", "cswin", None)
 CONV_INITS = ("trunc_normal", "default")
 
 
@@ -67,18 +66,19 @@ class BranchClassAttention(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        few = dict(dd, weight_first=True)  # one token of an image
         hidden = int(dim * mlp_ratio)
         check_divisor("num_heads", num_heads, attn_dim=attn_dim)
         check_divisor("mlp_groups", mlp_groups, in_features=dim, hidden_features=hidden)
         self.num_heads = num_heads
         self.norm1 = BranchNorm(dim, num_branches, **dd)
-        self.q = BranchLinear(dim, attn_dim, num_branches, bias=False, **dd)
-        self.k = BranchLinear(dim, attn_dim, num_branches, bias=False, **dd)
-        self.v = BranchLinear(dim, attn_dim, num_branches, bias=False, **dd)
-        self.proj = BranchLinear(attn_dim, dim, num_branches, **dd)
+        self.q = BranchLinear(dim, attn_dim, num_branches, bias=False, **few)
+        self.k = BranchLinear(dim, attn_dim, num_branches, bias=False, **few)
+        self.v = BranchLinear(dim, attn_dim, num_branches, bias=False, **few)
+        self.proj = BranchLinear(attn_dim, dim, num_branches, **few)
         self.ls1 = BranchScale(dim, num_branches, init_values, **dd)
         self.norm2 = BranchNorm(dim, num_branches, **dd)
-        self.mlp = BranchMlp(dim, hidden, num_branches, mlp_groups, is_conv=True, **dd)
+        self.mlp = BranchMlp(dim, hidden, num_branches, mlp_groups, is_conv=True, **few)
         self.ls2 = BranchScale(dim, num_branches, init_values, **dd)
 
     def forward(self, token: Tensor, x: Tensor) -> Tensor:
@@ -181,52 +181,52 @@ class GramianHead(nn.Module):
         self.num_branches = num_branches
         self.gram_dim = gram_dim
         self.branch_outputs = False
+        self.proj_groups, self.embed_groups = proj_groups, embed_groups
+        self.gram_layer_args = {
+            "kind": gram_layer,
+            "num_heads": gram_num_heads,
+            "split_size": gram_split_size,
+            "mlp_groups": gram_mlp_groups,
+            "drop_path": drop_path,
+            "init_values": gram_init_values,
+        }
+        self.block_args = {
+            "attn_dim": attn_dim,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "mlp_groups": mlp_groups,
+            "init_values": init_values,
+        }
         self.num_features = num_branches * in_features
-        width = num_branches * gram_dim
-        self.gram_proj: nn.Module | None
-        self.gram_proj = BranchConv1x1(in_features, gram_dim, num_branches, proj_groups, **dd)
-        self.gram_proj_norm: nn.Module | None = SmallBatchNorm2d(width, **dd)
-        self.gram_layer: nn.Module | None
-        if gram_layer == "convnext":
-            self.gram_layer = ConvNeXtGramLayer(
-                gram_dim, num_branches, drop_path, gram_init_values, **dd
-            )
-        elif gram_layer == "cswin":
-            self.gram_layer = CSWinGramLayer(
-                gram_dim,
-                num_branches,
-                gram_num_heads,
-                gram_split_size,
-                gram_mlp_groups,
-                drop_path,
-                **dd,
-            )
-        else:
-            self.gram_layer = BranchTokens(num_branches)
-        self.gram_embed: nn.Module | None
-        self.gram_embed = BranchLinear(
-            triangle, in_features, num_branches, embed_groups, is_conv=True, **dd
-        )
-        self.gram_embed_norm: nn.Module | None
-        self.gram_embed_norm = SmallBatchNorm2d(num_branches * in_features, **dd)
-        self.block: nn.Module | None
-        self.block = BranchClassAttention(
-            in_features,
-            num_branches,
-            attn_dim,
-            num_heads,
-            mlp_ratio,
-            mlp_groups,
-            init_values,
-            **dd,
-        )
+        self._build_branches(**dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.fc: nn.Module = nn.Identity()
+        self.conv_init = CONV_INITS[0]
         index = torch.empty(triangle, dtype=torch.int64, device=device)
         self.register_buffer("triangle", index, persistent=False)
         self.global_pool = "gram"
         self.reset(num_classes, global_pool)
         self.init_weights()
+
+    @torch.jit.ignore
+    def _build_branches(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        features, branches, gram_dim = self.in_features, self.num_branches, self.gram_dim
+        triangle = gram_dim * (gram_dim + 1) // 2
+        self.gram_proj: nn.Module | None
+        self.gram_proj = BranchConv1x1(features, gram_dim, branches, self.proj_groups, **dd)
+        self.gram_proj_norm: nn.Module | None = SmallBatchNorm2d(branches * gram_dim, **dd)
+        self.gram_layer: nn.Module | None
+        self.gram_layer = create_gram_layer(gram_dim, branches, **self.gram_layer_args, **dd)
+        self.gram_embed: nn.Module | None
+        self.gram_embed = BranchLinear(
+            triangle, features, branches, self.embed_groups, is_conv=True, weight_first=True, **dd
+        )
+        self.gram_embed_norm: nn.Module | None = SmallBatchNorm2d(branches * features, **dd)
+        self.block: nn.Module | None
+        self.block = BranchClassAttention(features, branches, **self.block_args, **dd)
 
     def init_weights(self, conv_init: str = "trunc_normal") -> None:
         """Set every parameter and buffer, also after `to_empty`.
@@ -241,6 +241,7 @@ class GramianHead(nn.Module):
         """
         if conv_init not in CONV_INITS:
             raise ValueError(f"conv_init must be one of {CONV_INITS}, got {conv_init!r}")
+        self.conv_init = conv_init
         for module in self.modules():
             if isinstance(module, BranchConv1x1 | BranchLinear):
                 module.reset_parameters(conv_init)
@@ -268,20 +269,21 @@ class GramianHead(nn.Module):
 
         Args:
             num_classes: Classes; 0 for none.
-            global_pool: 'gram' or '', which removes the branches for good; the current one if None.
+            global_pool: 'gram', or '', which removes the branches; the current one if None, but
+                'gram' for classes. Branches that were removed come back fresh.
             device: Of the new parameters; where the others are if None.
             dtype: Likewise.
 
         Raises:
-            ValueError: classes without branches, branches once removed, or an unknown pooling.
+            ValueError: classes without branches, or an unknown pooling.
         """
         pool = self.global_pool if global_pool is None else global_pool
+        if global_pool is None and num_classes > 0:
+            pool = "gram"
         if pool not in ("gram", ""):
             raise ValueError(f"global_pool must be 'gram' or '' (no pooling), got {pool!r}")
         if pool == "" and num_classes > 0:
             raise ValueError(f"global_pool='' needs num_classes=0, got {num_classes}")
-        if pool == "gram" and self.global_pool == "":
-            raise ValueError("global_pool must stay '': the branches are removed; build the model")
         dd = get_device_dtype(self, device=device, dtype=dtype)
         self.fc = nn.Identity()
         if num_classes > 0:
@@ -291,6 +293,11 @@ class GramianHead(nn.Module):
             self.gram_proj = self.gram_proj_norm = self.gram_layer = None
             self.gram_embed = self.gram_embed_norm = self.block = None
             self.num_features = self.in_features
+        elif self.block is None:
+            self._build_branches(**dd)
+            self.train(self.training)
+            self.init_weights(self.conv_init)
+            self.num_features = self.num_branches * self.in_features
         self.num_classes = num_classes
         self.global_pool = pool
 
@@ -298,9 +305,10 @@ class GramianHead(nn.Module):
         """Every branch's token after class attention: [B, D, H, W] -> [M, B, D]."""
         batch, _, height, width = x.shape
         branches = self.num_branches
+        x = x.contiguous(memory_format=torch.channels_last)
         f = self.gram_layer(self.gram_proj_norm(self.gram_proj(x)))
         f = f.view(branches, batch, height * width, self.gram_dim)
-        token = self.gram_embed(gram_triangle(f, self.triangle, height))
+        token = self.gram_embed(gram_triangle(f, self.triangle, height).to(f.dtype))
         # M, B, D -> B, M*D, 1, 1 and back
         token = token.transpose(0, 1).reshape(batch, branches * self.in_features, 1, 1)
         token = self.gram_embed_norm(token).view(batch, branches, self.in_features).transpose(0, 1)

@@ -85,10 +85,9 @@ def _class_attention(
     mixed = mixed.reshape(branches, num_heads, batch, dim) + own * token[:, None]
     # Weights sum to 1: the norm's affine map comes after the mean.
     mixed = mixed * norm_weight + norm_bias.view(branches, 1, 1, dim)
-    value_weight = value_weight.view(heads, head_dim, dim).transpose(1, 2)
-    out = torch.bmm(mixed.view(heads, batch, dim), value_weight)
-    out = out.view(branches, num_heads, batch, head_dim).transpose(1, 2)
-    return out.reshape(branches, batch, attn_dim)
+    mixed = mixed.view(heads, batch, dim).transpose(1, 2)
+    out = torch.bmm(value_weight.view(heads, head_dim, dim), mixed)  # M*h, d, B
+    return out.view(branches, attn_dim, batch).transpose(1, 2)
 
 
 def class_attention(
