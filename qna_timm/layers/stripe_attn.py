@@ -11,51 +11,40 @@ from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
 
-def _stripe_on(stripe_size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    """(height, width) of a stripe on a map: 0 stands for the whole side, as does too much."""
-    rows, cols = stripe_size
-    rows = height if rows == 0 else min(rows, height)
-    cols = width if cols == 0 else min(cols, width)
-    return rows, cols
+def _stripes_along(side: int, stripe: int) -> tuple[int, int]:
+    """(number of stripes, tokens of each) along a side of the map; stripe 0 is the whole side."""
+    # Written so that a symbolic side (compiling for any size) stays out of all but one division:
+    # proving divisibility otherwise takes minutes.
+    if stripe == 0 or side <= stripe:
+        return 1, side
+    return (side + stripe - 1) // stripe, stripe
 
 
-def _num_stripes(stripe: tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    """Stripes down and across a map, the last ones perhaps partly beside it."""
-    return (height + stripe[0] - 1) // stripe[0], (width + stripe[1] - 1) // stripe[1]
-
-
-def _to_stripes(x: Tensor, stripe: tuple[int, int]) -> Tensor:
-    """[B, H, W, C] -> [S, *stripe, C], S image-major; zeros beside the map."""
-    # Sizes are products of counts, and no reshape infers one: with symbolic sizes (compiling for
-    # any size) proving divisibility takes minutes.
+def _to_stripes(x: Tensor, down: tuple[int, int], across: tuple[int, int]) -> Tensor:
+    """[B, H, W, C] -> [S, N, C], S image-major; zeros beside the map."""
     batch, height, width, dim = x.shape
-    down, across = _num_stripes(stripe, height, width)
-    pad_h = down * stripe[0] - height
-    pad_w = across * stripe[1] - width
+    pad_h = down[0] * down[1] - height
+    pad_w = across[0] * across[1] - width
     if pad_h > 0 or pad_w > 0:
         x = F.pad(x, [0, 0, 0, pad_w, 0, pad_h])
-    x = x.view(batch, down, stripe[0], across, stripe[1], dim).transpose(2, 3)
-    return x.reshape(batch * down * across, stripe[0], stripe[1], dim)
+    x = x.view(batch, down[0], down[1], across[0], across[1], dim).transpose(2, 3)
+    return x.reshape(batch * down[0] * across[0], down[1] * across[1], dim)
 
 
-def _from_stripes(x: Tensor, height: int, width: int) -> Tensor:
-    """[S, *stripe, C] -> [B, height, width, C], what lies beside the map cut off."""
-    total, rows, cols, dim = x.shape
-    down, across = _num_stripes((rows, cols), height, width)
-    batch = total // (down * across)
-    x = x.view(batch, down, across, rows, cols, dim).transpose(2, 3)
-    return x.reshape(batch, down * rows, across * cols, dim)[:, :height, :width]
+def _from_stripes(x: Tensor, batch: int, down: tuple[int, int], across: tuple[int, int]) -> Tensor:
+    """[S, N, C] -> [B, H, W, C], padding included."""
+    dim = x.shape[2]
+    x = x.view(batch, down[0], across[0], down[1], across[1], dim).transpose(2, 3)
+    return x.reshape(batch, down[0] * down[1], across[0] * across[1], dim)
 
 
-def _stripe_mask(
-    stripe: tuple[int, int], batch: int, height: int, width: int, device: torch.device
-) -> Tensor:
-    """Which keys of each stripe lie on the map: bool [S, 1, 1, N]."""
-    down, across = _num_stripes(stripe, height, width)
-    rows = torch.arange(down * stripe[0], device=device).view(1, down, 1, stripe[0], 1)
-    cols = torch.arange(across * stripe[1], device=device).view(1, 1, across, 1, stripe[1])
+def _stripe_mask(x: Tensor, down: tuple[int, int], across: tuple[int, int]) -> Tensor:
+    """Which keys of each stripe of a map [B, H, W, C] lie on it: bool [S, 1, 1, N]."""
+    batch, height, width, _ = x.shape
+    rows = torch.arange(down[0] * down[1], device=x.device).view(down[0], 1, down[1], 1)
+    cols = torch.arange(across[0] * across[1], device=x.device).view(1, across[0], 1, across[1])
     valid = ((rows < height) & (cols < width)).expand(batch, -1, -1, -1, -1)
-    return valid.reshape(batch * down * across, 1, 1, stripe[0] * stripe[1])
+    return valid.reshape(batch * down[0] * across[0], 1, 1, down[1] * across[1])
 
 
 @register_notrace_module  # shapes decide whether there is a mask
@@ -105,32 +94,41 @@ class StripeAttention(nn.Module):
         self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v of every stripe, [S, rows, cols, C] each."""
-        total, rows, cols, dim = q.shape
-        heads = (total, rows * cols, self.num_heads, dim // self.num_heads)
-        # S, N, h, d -> S, h, N, d
-        q = q.reshape(heads).transpose(1, 2)
-        k = k.reshape(heads).transpose(1, 2)
-        v = v.reshape(heads).transpose(1, 2)
+        """softmax(q k^T / sqrt(d)) v of every stripe, [S, N, C] each."""
+        head_dim = q.shape[2] // self.num_heads
+        # S, N, C -> S, h, N, d
+        q = q.unflatten(2, (self.num_heads, head_dim)).transpose(1, 2)
+        k = k.unflatten(2, (self.num_heads, head_dim)).transpose(1, 2)
+        v = v.unflatten(2, (self.num_heads, head_dim)).transpose(1, 2)
         dropout = self.attn_drop if self.training else 0.0
         if self.fused_attn:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         else:
-            attn = (q * heads[3] ** -0.5) @ k.transpose(-2, -1)
+            attn = (q * head_dim**-0.5) @ k.transpose(-2, -1)
             if mask is not None:
                 attn = attn.masked_fill(~mask, float("-inf"))
             out = F.dropout(attn.softmax(dim=-1), dropout, self.training) @ v
-        return out.transpose(1, 2).reshape(total, rows, cols, dim)
+        return out.transpose(1, 2).flatten(2)
+
+    def _lepe(self, v: Tensor, rows: int, cols: int) -> Tensor:
+        """The values' convolution in every stripe, [S, N, C]."""
+        maps = v.unflatten(1, (rows, cols)).permute(0, 3, 1, 2)
+        return self.lepe(maps).flatten(2).transpose(1, 2)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, height, width, _ = q.shape
-        stripe = _stripe_on(self.stripe_size, height, width)
+        down = _stripes_along(height, self.stripe_size[0])
+        across = _stripes_along(width, self.stripe_size[1])
+        padded = down[0] * down[1] > height or across[0] * across[1] > width
         mask: Tensor | None = None
-        if height % stripe[0] > 0 or width % stripe[1] > 0:
-            mask = _stripe_mask(stripe, batch, height, width, q.device)
-        q, k, v = _to_stripes(q, stripe), _to_stripes(k, stripe), _to_stripes(v, stripe)
-        lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return _from_stripes(self._attend(q, k, v, mask) + lepe, height, width)
+        if padded:
+            mask = _stripe_mask(q, down, across)
+        q = _to_stripes(q, down, across)
+        k = _to_stripes(k, down, across)
+        v = _to_stripes(v, down, across)
+        out = self._attend(q, k, v, mask) + self._lepe(v, down[1], across[1])
+        out = _from_stripes(out, batch, down, across)
+        return out[:, :height, :width] if padded else out
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, stripe_size={self.stripe_size}"
