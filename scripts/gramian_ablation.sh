@@ -33,18 +33,18 @@ ablation_vit_small_branches5_lam0.8|ViT-S|Gram|5|-0.8|27.7M|27.67M|78.9
 
 Table 3|Network|Params, paper|Ours|GFLOPs, paper|GMACs, ours|Images/s, paper|Top-1, paper|Top-1, ours
 -|RSB-ResNet50|25.6M|-|4.1|-|3409|79.8
-ga_resnet50|GA-ResNet50|41.3M|41.29M|5.2|5.23|2145|82.5
+ga_resnet50|GA-ResNet50|41.3M|41.29M|5.2|4.73|2145|82.5
 -|RSB-ResNet152|60.2M|-|11.6|-|1463|81.8
 -|ViT-S|22.1M|-|4.2|-|2556|79.8
-ga_vit_small|GA-ViT-S|27.7M|27.67M|4.3|4.67|2289|80.9
-ga_vit_medium|GA-ViT-M|60.5M|60.48M|9.6|10.19|1322|82.6
+ga_vit_small|GA-ViT-S|27.7M|27.67M|4.3|4.61|2289|80.9
+ga_vit_medium|GA-ViT-M|60.5M|60.48M|9.6|10.04|1322|82.6
 -|ViT-B|86.6M|-|16.9|-|987|81.8
 -|ConvNeXt-T|28.6M|-|4.5|-|2098|82.1
-ga_convnext_tiny|GA-ConvNeXt-T|48.7M|47.82M|6.3|5.45|1452|83.2
+ga_convnext_tiny|GA-ConvNeXt-T|48.7M|47.82M|6.3|5.24|1452|83.2
 -|ConvNeXt-S|50.2M|-|8.7|-|1282|83.1
-ga_convnext_small|GA-ConvNeXt-S|70.4M|70.12M|10.5|9.81|967|83.9
+ga_convnext_small|GA-ConvNeXt-S|70.4M|70.12M|10.5|9.60|967|83.9
 -|ConvNeXt-B|88.6M|-|15.4|-|903|83.8
-ga_convnext_base|GA-ConvNeXt-B|124.3M|123.69M|19.0|17.33|668|84.3
+ga_convnext_base|GA-ConvNeXt-B|124.3M|123.69M|19.0|16.89|668|84.3
 -|ConvNeXt-L|197.8M|-|34.4|-|507|84.3'
 # One output folder for the paper's tables: what one script has trained, the other takes up.
 readonly RECIPES=configs/gramian PROCESSES=2 OUTPUT=output/gramian WEIGHTS=''

@@ -1,5 +1,6 @@
 """Recipes: complete, the papers', and running."""
 
+import functools
 import re
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 import qna_timm  # noqa: F401  (registers its models)
 from qna_timm.training.optim import create_optimizer, create_schedule, learning_rate
@@ -71,11 +73,16 @@ def recipe_args(name, tmp_path):
     return parse_train_args(["--config", str(RECIPES[name]), "--data-dir", str(tmp_path), *extra])
 
 
-def create(name):
-    """The recipe's model for ImageNet, without memory for its weights."""
-    settings = settings_of(name)
+@functools.cache
+def counts(model, branches):
+    """Parameters / 1e6 and multiply-adds / 1e9 at 224, without memory for the weights."""
     with torch.device("meta"):
-        return timm.create_model(settings["model"], **settings.get("model_kwargs", {}))
+        network = timm.create_model(model, num_branches=branches).eval()
+        images = torch.empty(1, 3, 224, 224)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(images)
+    parameters = sum(p.numel() for p in network.parameters())
+    return parameters / 1e6, counter.get_total_flops() / 2e9
 
 
 def test_every_row_has_its_recipe():
@@ -114,9 +121,12 @@ def test_recipe_without_data_does_not_learn_digits(name):
 
 
 @pytest.mark.parametrize("name", GRAMIAN)
-def test_parameters_are_as_the_recipe_says(name):
-    counted = re.search(r"As we count: (\S+) M parameters", header(name))
-    assert f"{sum(p.numel() for p in create(name).parameters()) / 1e6:.2f}" == counted[1]
+def test_counts_are_as_the_recipe_says(name):
+    said = re.search(r"As we count: ([\d.]+) M parameters, ([\d.]+) GMACs", header(name))
+    settings = settings_of(name)
+    branches = settings.get("model_kwargs", {}).get("num_branches", 5)
+    parameters, gmacs = counts(settings["model"], branches)
+    assert (f"{parameters:.2f}", f"{gmacs:.2f}") == said.groups()
 
 
 @pytest.mark.parametrize("name", WARMUP)
