@@ -138,7 +138,7 @@ def _evaluate(
     precision = Precision(settings, processes.device)
     with Progress(
         len(loader),
-        f"validate {settings.model}",
+        f"validate {model_label(settings.model, settings.model_kwargs)}",
         log_interval=settings.log_freq,
         enabled=processes.is_primary,
     ) as progress:

@@ -32,6 +32,7 @@ class Branched(nn.Module):
         num_branches: int = 3,
         dim: int = 16,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_classes, self.num_branches = num_classes, num_branches

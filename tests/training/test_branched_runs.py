@@ -15,6 +15,7 @@ import timm
 import torch
 import yaml
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -221,6 +222,47 @@ def test_authors_spellings(tmp_path: Path) -> None:
     recipe.write_text("GA_lam: -0.4\ngrad-accumulation: 4\n")
     args = parse_train_args([*base, "--config", str(recipe)])
     assert (args.ga_lam, args.grad_accum_steps) == (-0.4, 4)
+
+
+AUTHORS = (
+    "-b 128 --grad-accumulation 4 --smoothing 0.1 --bce-loss --opt lamb --opt-eps 1e-8"
+    " --momentum 0.8 --weight-decay 0.05 --sched cosine --epochs 300 --lr {lr} --warmup-lr 1e-6"
+    " --sched cosine -j 8 --amp --channels-last --model {model} --GA_lam -0.8 --drop-path {drop}"
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "lr", "drop"),
+    [
+        ("ga_convnext_tiny", "5e-3", ".2"),
+        ("ga_convnext_small", "5e-3", ".4"),
+        ("ga_convnext_base", "5e-3", ".5"),
+        ("ga_CSWin_64_12211_tiny_224", "2e-3", ".2"),
+        ("ga_CSWin_64_24322_small_224", "2e-3", ".4"),
+    ],
+)
+def test_authors_commands_are_read(tmp_path: Path, model: str, lr: str, drop: str) -> None:
+    command = AUTHORS.format(model=model, lr=lr, drop=drop).split()
+    args = parse_train_args([str(tmp_path), *command])
+    assert (args.model, args.lr, args.drop_path) == (model, float(lr), float(drop))
+    assert (args.data_dir, args.ga_lam, args.grad_accum_steps) == (str(tmp_path), -0.8, 4)
+    assert args.bce_loss and args.amp and args.channels_last and args.opt_eps == 1e-8
+
+
+def test_authors_command_trains(train: ModuleType, tmp_path: Path) -> None:
+    for split, count in (("train", 8), ("val", 2)):
+        for label, name in enumerate(("ant", "bee")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                picture = Image.new("RGB", (40, 36), (80 * label, 10 * index, 0))
+                picture.save(folder / f"{index}.png")
+    command = AUTHORS.format(model="test_branched", lr="5e-3", drop=".2").split()
+    small = "--device cpu -b 4 -j 0 --stop-epoch 1 --epochs 5 --amp-dtype bfloat16 --experiment a"
+    argv = [str(tmp_path / "data"), *command, *small.split(), "--output", str(tmp_path / "out")]
+    assert train.main(argv) == 0
+    (row,) = summary(tmp_path / "out" / "a")
+    assert float(row["train_loss_decorrelation"]) < 0 and row["eval_agreement"]
 
 
 def test_backbone_is_loaded_and_told(
