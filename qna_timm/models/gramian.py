@@ -279,11 +279,12 @@ class GramianNet(nn.Module):
         """
         state_dict = self.backbone_state_dict(_read_backbone(source))
         wanted = self.trunk.state_dict()
-        first = (self.pretrained_cfg or {}).get("first_conv") or ""
-        first = f"{first.removeprefix('trunk.')}.weight"
+        stems = (self.pretrained_cfg or {}).get("first_conv") or ()
+        stems = (stems,) if isinstance(stems, str) else stems
+        stems = {f"{stem.removeprefix('trunk.')}.weight" for stem in stems}
         found = {}
         for name, tensor in state_dict.items():
-            if name == first and name in wanted and tensor.shape[1] != wanted[name].shape[1]:
+            if name in stems and name in wanted and tensor.shape[1] != wanted[name].shape[1]:
                 tensor = adapt_input_conv(self.in_chans, tensor)
             if name in wanted and tensor.shape == wanted[name].shape:
                 found[name] = tensor
