@@ -4,45 +4,35 @@ import functools
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from recipe_files import (
+    ABLATIONS,
+    FINETUNE,
+    GRAMIAN,
+    PAPER_TOP1,
+    QNA,
+    RECIPES,
+    ROOT,
+    header,
+    settings_of,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 import qna_timm  # noqa: F401  (registers its models)
 from qna_timm.training.optim import create_optimizer, create_schedule, learning_rate
 from qna_timm.training.recipe import parse_train_args
 
-ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*/*.yaml"))}
-QNA = [name for name in RECIPES if name.startswith("qna_")]
-GRAMIAN = [name for name in RECIPES if name.startswith(("ga_", "ablation_"))]
-ABLATIONS = [name for name in GRAMIAN if name.startswith("ablation_")]
 PAPERS = [*QNA, *GRAMIAN]
 ARXIV = {"qna": "2112.11435", "gramian": "2310.16483"}
 PROCESSES = {"qna": 8, "gramian": 2}
 
 WARMUP = {"qna_vit_tiny": 5, "qna_vit_tiny_7x7": 5, "qna_vit_small": 5, "qna_vit_base": 20}
 DROP_PATH = {"qna_vit_tiny": 0.05, "qna_vit_tiny_7x7": 0.05, "qna_vit_small": 0.2}
-PAPER_TOP1 = {
-    "qna_vit_tiny": "81.7",
-    "qna_vit_tiny_7x7": "82.0",
-    "qna_vit_small": "83.2",
-    "qna_vit_base": "83.9",
-    "ga_resnet50": "82.5",
-    "ga_vit_small": "80.9",
-    "ga_vit_medium": "82.6",
-    "ga_convnext_tiny": "83.2",
-    "ga_convnext_small": "83.9",
-    "ga_convnext_base": "84.3",
-    "ga_cswin_tiny": "84.1",
-    "ga_cswin_small": "84.7",
-}
-FINETUNE = "qna_vit_base_384_finetune"
 
 # The five commands of the released README, but for the data folder: model, lr, drop path.
 COMMAND = (
@@ -57,15 +47,6 @@ RELEASED = {
     "ga_cswin_tiny": ("2e-3", "ga_CSWin_64_12211_tiny_224", ".2"),
     "ga_cswin_small": ("2e-3", "ga_CSWin_64_24322_small_224", ".4"),
 }
-
-
-def settings_of(name):
-    return yaml.safe_load(RECIPES[name].read_text(encoding="utf-8"))
-
-
-def header(name):
-    lines = RECIPES[name].read_text(encoding="utf-8").split("\n")
-    return "\n".join(line.removeprefix("#") for line in lines[: lines.index("")])
 
 
 def recipe_args(name, tmp_path):

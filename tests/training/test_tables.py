@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from test_configs import ABLATIONS, FINETUNE, GRAMIAN, PAPER_TOP1, QNA, ROOT, header, settings_of
+from recipe_files import ABLATIONS, FINETUNE, GRAMIAN, PAPER_TOP1, QNA, ROOT, header, settings_of
 
 SCRIPTS = ("qna_table.sh", "gramian_table.sh", "gramian_ablation.sh")
 
