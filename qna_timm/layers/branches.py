@@ -115,6 +115,56 @@ class BranchConv1x1(nn.Module):
         )
 
 
+class BranchDepthwiseConv(nn.Module):
+    """A depthwise convolution per branch, zero-padded to keep the map's size.
+
+    Computed a branch at a time: PyTorch's weight gradient of a channels-last map takes twice as
+    long per channel where the map is five times as wide.
+
+    Args:
+        dim: Channels of a branch.
+        num_branches: M.
+        kernel_size: Side of the window, odd.
+
+    Shape: [M, B, H, W, dim] -> the same.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_branches: int,
+        kernel_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.num_branches = num_branches
+        self.padding = kernel_size // 2
+        shape = (num_branches * dim, 1, kernel_size, kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, **dd))
+        self.bias = nn.Parameter(torch.empty(shape[0], **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self, conv_init: str = "trunc_normal") -> None:
+        """See `GramianHead.init_weights`."""
+        init_layer(self.weight, self.bias, conv_init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.unflatten(0, (self.num_branches, self.dim)).unbind(0)
+        bias = self.bias.view(self.num_branches, self.dim).unbind(0)
+        parts = x.permute(0, 1, 4, 2, 3).unbind(0)
+        out = []
+        for i in range(self.num_branches):
+            y = F.conv2d(parts[i], weight[i], bias[i], padding=self.padding, groups=self.dim)
+            out.append(y.permute(0, 2, 3, 1))
+        return torch.stack(out)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, num_branches={self.num_branches}, kernel_size={2 * self.padding + 1}"
+
+
 class BranchLinear(nn.Module):
     """A linear map per branch, in groups of channels: y_m = weight_m x_m + bias_m.
 

@@ -5,11 +5,16 @@ Letters: B batch, H W map, N = H*W positions, G gram_dim, M branches.
 """
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, drop_path
 from torch import Tensor, nn
 
-from qna_timm.layers.branches import BranchLinear, BranchMlp, BranchNorm, check_divisor
+from qna_timm.layers.branches import (
+    BranchDepthwiseConv,
+    BranchLinear,
+    BranchMlp,
+    BranchNorm,
+    check_divisor,
+)
 from qna_timm.layers.stripe_attn import StripeAttention
 
 GRAM_LAYERS = ("convnext", "cswin", None)
@@ -78,13 +83,12 @@ class ConvNeXtGramLayer(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        width = num_branches * dim
         self.num_branches = num_branches
         self.init_values = init_values
-        self.conv_dw = nn.Conv2d(width, width, 7, padding=3, groups=width, **dd)
+        self.conv_dw = BranchDepthwiseConv(dim, num_branches, 7, **dd)
         self.norm = BranchNorm(dim, num_branches, eps=1e-6, **dd)
         self.mlp = BranchMlp(dim, 4 * dim, num_branches, **dd)
-        self.gamma = nn.Parameter(torch.empty(width, **dd))
+        self.gamma = nn.Parameter(torch.empty(num_branches * dim, **dd))
         self.drop_path = BranchDropPath(drop_path)
         self.reset_parameters()
 
@@ -92,23 +96,11 @@ class ConvNeXtGramLayer(nn.Module):
         """The initial layer scale; other parameters belong to layers of their own."""
         nn.init.constant_(self.gamma, self.init_values)
 
-    def _conv(self, x: Tensor, batch: int, height: int, width: int) -> Tensor:
-        """conv_dw of tokens, a branch at a time: PyTorch's weight gradient of a channels-last map
-        takes twice as long per channel where it is five times as wide."""
-        branches, length, dim = x.shape
-        weight = self.conv_dw.weight.unflatten(0, (branches, dim)).unbind(0)
-        bias = self.conv_dw.bias.view(branches, dim).unbind(0)
-        maps = x.view(branches, batch, height, width, dim).permute(0, 1, 4, 2, 3).unbind(0)
-        out = [
-            F.conv2d(maps[i], weight[i], bias[i], padding=3, groups=dim).permute(0, 2, 3, 1)
-            for i in range(self.num_branches)
-        ]
-        return torch.stack(out).view(branches, length, dim)
-
     def forward(self, x: Tensor) -> Tensor:
-        batch = x.shape[0]
+        batch, _, height, width = x.shape
         shortcut = branch_tokens(x, self.num_branches)
-        x = self.mlp(self.norm(self._conv(shortcut, batch, x.shape[2], x.shape[3])))
+        x = self.conv_dw(shortcut.unflatten(1, (batch, height, width)))
+        x = self.mlp(self.norm(x.flatten(1, 3)))
         x = x * self.gamma.view(self.num_branches, 1, -1)
         return self.drop_path(x, batch) + shortcut
 

@@ -14,6 +14,7 @@ from qna_timm.layers.batch_norm import SmallBatchNorm2d
 from qna_timm.layers.branches import (
     BranchClassifier,
     BranchConv1x1,
+    BranchDepthwiseConv,
     BranchLinear,
     BranchMlp,
     BranchNorm,
@@ -243,7 +244,7 @@ class GramianHead(nn.Module):
             raise ValueError(f"conv_init must be one of {CONV_INITS}, got {conv_init!r}")
         self.conv_init = conv_init
         for module in self.modules():
-            if isinstance(module, BranchConv1x1 | BranchLinear):
+            if isinstance(module, BranchConv1x1 | BranchDepthwiseConv | BranchLinear):
                 module.reset_parameters(conv_init)
             elif isinstance(module, nn.Conv2d):
                 init_layer(module.weight, module.bias, conv_init)
