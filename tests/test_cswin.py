@@ -497,6 +497,7 @@ def test_fusion_by_a_bottleneck() -> None:
         (lambda: small(depths=(1, 1)), r"depths must be a number of at least 1 for each of 4"),
         (lambda: small(split_sizes=(0, 1, 1, 1)), "split_sizes must be a number of at least 1"),
         (lambda: small("ga_cswin_tiny", fuse_type="sum"), "fuse_type must be 'cswin' or 'bottle"),
+        (lambda: small("ga_cswin_tiny", dims=(8, 16, 24)), "dims must have an entry for each of 4"),
         (lambda: small("ga_cswin_tiny", num_taps=3), "num_taps must be 0 to 2 for 3 blocks, got 3"),
     ],
 )

@@ -125,7 +125,8 @@ class GramianCSWin(GramianNet):
         head_args: Other arguments of `GramianHead`.
 
     Raises:
-        ValueError: unknown stem_type or fuse_type, and what `CSWin` and `GramianHead` refuse.
+        ValueError: not four stages, unknown stem_type or fuse_type, and what `CSWin` and
+            `GramianHead` refuse.
     """
 
     def __init__(
@@ -152,6 +153,8 @@ class GramianCSWin(GramianNet):
         **head_args: Any,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        if len(dims) != 4:
+            raise ValueError(f"dims must have an entry for each of 4 stages, got {dims}")
         trunk = CSWinTrunk(
             num_taps,
             in_chans=in_chans,
