@@ -189,6 +189,19 @@ def test_compile_and_export() -> None:
     torch.testing.assert_close(exported(y), model(y))
 
 
+def test_compiled_training() -> None:
+    """Strides of the compiler's and of real tensors agree, with a grouped projection too."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "ga_backbone", backbone="test_resnet", num_classes=7, gram_dim=16, proj_groups=4
+    ).train()
+    twin, x = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    for (name, ours), plain in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_heads_can_be_replaced() -> None:
     """Another number of classes, no classes, no heads at all; the trunk stays."""
     model = small().eval()

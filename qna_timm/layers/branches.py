@@ -105,7 +105,7 @@ class BranchConv1x1(nn.Module):
         weight = self._swap(self.weight, self.num_branches, self.groups)
         bias = self._swap(self.bias, self.num_branches, self.groups)
         x = F.conv2d(x, weight, bias, groups=self.groups)
-        return self._swap(x.transpose(0, 1), self.groups, self.num_branches).transpose(0, 1)
+        return x.unflatten(1, (self.groups, self.num_branches, -1)).transpose(1, 2).flatten(1, 3)
 
     def extra_repr(self) -> str:
         out_features = self.weight.shape[0] // self.num_branches
