@@ -56,7 +56,8 @@ class GramianBackbone(GramianNet):
     Args:
         backbone: timm's name of a model, with or without the tag of its weights.
         taps: Indices into the backbone's feature_info of the maps that are fused; negative from
-            the end. Default: the last map of each stride from 4 up.
+            the end. Default: the last map of each stride from 4 up. With fewer, backbones of
+            parallel branches (CoaT, CrossViT, HRNet) may keep parameters that nothing uses.
         tap_norm: Apply the backbone's final norm to the maps that it normalises in timm's
             `forward_intermediates`. Default: where all maps have one stride (plain ViTs).
         fuse_reduction: Wanted stride of the fused map; the nearest tapped one is taken, and the
