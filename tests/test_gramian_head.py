@@ -1,7 +1,6 @@
 """Gramian heads, all branches at once, against branches written one by one."""
 
 import copy
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from qna_timm.layers.batch_norm import SmallBatchNorm2d
 from qna_timm.layers.gram_layer import BranchDropPath
 from qna_timm.layers.gramian_head import GramianHead
+from qna_timm.ops.branches import gram_matrix, part_linear
 from qna_timm.ops.gramian import class_attention, gram_triangle, triangle_index
 
 BRANCHES, FEATURES, CLASSES = 3, 32, 7
@@ -231,17 +231,16 @@ def test_drop_path_is_independent() -> None:
 def test_gradcheck() -> None:
     torch.manual_seed(0)
     index = triangle_index(3)
+    assert index.tolist() == [0, 1, 2, 4, 5, 8]
     x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: gram_triangle(x, index, 2), x)
     shapes = ((2, 2, 4), (2, 3, 5), (2, 2, 5), (8, 5), (8, 5), (10,), (10,))
     args = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     assert torch.autograd.gradcheck(lambda *args: class_attention(*args, 2), args)
-
-
-def test_triangle_is_row_major() -> None:
-    gram = torch.arange(16.0).view(4, 4)
-    wanted = torch.tensor([0.0, 1, 2, 3, 5, 6, 7, 10, 11, 15])
-    assert torch.equal(gram.flatten()[triangle_index(4)], wanted)
+    args = [args[0], *(torch.randn(s).double().requires_grad_() for s in ((2, 3, 4), (2, 3)))]
+    for function, inputs in ((part_linear, args), (gram_matrix, args[:1])):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -257,6 +256,8 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype):
             ours, theirs = head(x), torch.stack(reference(x), dim=1)
         worst.append((error(ours, exact), error(theirs, exact)))
+        ours.float().mean().backward()
+        assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in head.parameters())
     assert max(ours for ours, _ in worst) < 2 * max(theirs for _, theirs in worst) + 1e-3
 
 
@@ -287,12 +288,6 @@ def test_large_values(name: str, dtype: torch.dtype) -> None:
         assert x.grad.isfinite().all()
 
 
-def _script(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return torch.jit.script(module)
-
-
 def _feature_extractor(module: nn.Module) -> Callable[[Tensor], Tensor]:
     extractor = create_feature_extractor(module, {"head": "out"})
     return lambda x: extractor(x)["out"]
@@ -314,7 +309,7 @@ class Network(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("how", [_script, _feature_extractor, _compile])
+@pytest.mark.parametrize("how", [torch.jit.script, _feature_extractor, _compile])
 @pytest.mark.parametrize("name", ["convnext", "cswin", "none"])
 def test_captured(name: str, how: Callable) -> None:
     """Scripted, traced by FX and compiled in one graph: same logits, every parameter trains."""

@@ -11,8 +11,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
+
+from qna_timm.ops.branches import part_linear
+
+register_notrace_function(part_linear)  # has a gradient of its own; FX takes it as one node
 
 
 def check_divisor(name: str, value: int, **sizes: int) -> None:
@@ -42,20 +46,6 @@ def init_layer(weight: Tensor, bias: Tensor | None, conv_init: str) -> None:
     if bias is not None:
         bound = weight[0].numel() ** -0.5  # of the fan-in
         nn.init.uniform_(bias, -bound, bound)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, weight_first: bool) -> Tensor:
-    """x weight^T + bias of every part: [P, L, in], [P, out, in], [P*out] -> [P, L, out]."""
-    parts, width, _ = weight.shape
-    if weight_first:
-        x = x.transpose(1, 2)
-        if bias is None:
-            return torch.bmm(weight, x).transpose(1, 2)
-        return torch.baddbmm(bias.view(parts, width, 1), weight, x).transpose(1, 2)
-    weight = weight.transpose(1, 2)
-    if bias is None:
-        return torch.bmm(x, weight)
-    return torch.baddbmm(bias.view(parts, 1, width), x, weight)
 
 
 class BranchConv1x1(nn.Module):
@@ -175,8 +165,6 @@ class BranchLinear(nn.Module):
         groups: Groups of channels that see only each other, a divisor of both.
         bias: Learn a bias.
         is_conv: The released code has a convolution here, which matters to its initialisation.
-        weight_first: Multiply as weight x^T. The weight's gradient then comes in its own layout,
-            which spares a transposition as long as the product itself where tokens are few.
 
     Shape: [M, L, in_features] -> [M, L, out_features].
     """
@@ -189,7 +177,6 @@ class BranchLinear(nn.Module):
         groups: int = 1,
         bias: bool = True,
         is_conv: bool = False,
-        weight_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -198,7 +185,6 @@ class BranchLinear(nn.Module):
         self.num_branches = num_branches
         self.groups = groups
         self.is_conv = is_conv
-        self.weight_first = weight_first
         shape = (num_branches * out_features, in_features // groups)
         self.weight = nn.Parameter(torch.empty(shape, **dd))
         self.bias: nn.Parameter | None = None
@@ -215,7 +201,10 @@ class BranchLinear(nn.Module):
         if self.groups > 1:  # M, L, groups*in -> M*groups, L, in
             x = x.unflatten(2, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         weight = self.weight.view(parts, -1, self.weight.shape[1])
-        x = _product(x, weight, self.bias, self.weight_first)
+        bias: Tensor | None = None
+        if self.bias is not None:
+            bias = self.bias.view(parts, -1)
+        x = part_linear(x, weight, bias)
         if self.groups > 1:  # M*groups, L, out -> M, L, groups*out
             x = x.unflatten(0, (self.num_branches, self.groups)).transpose(1, 2).flatten(2)
         return x
@@ -320,7 +309,6 @@ class BranchMlp(nn.Module):
         num_branches: M.
         groups: Groups of both maps, a divisor of dim and hidden.
         is_conv: See `BranchLinear`.
-        weight_first: See `BranchLinear`.
 
     Shape: [M, L, dim] -> the same.
     """
@@ -332,14 +320,11 @@ class BranchMlp(nn.Module):
         num_branches: int,
         groups: int = 1,
         is_conv: bool = False,
-        weight_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kwargs = dict(
-            groups=groups, is_conv=is_conv, weight_first=weight_first, device=device, dtype=dtype
-        )
+        kwargs = dict(groups=groups, is_conv=is_conv, device=device, dtype=dtype)
         self.groups = groups
         self.fc1 = BranchLinear(dim, hidden, num_branches, **kwargs)
         self.act = nn.GELU()
@@ -383,7 +368,7 @@ class BranchClassifier(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _product(x, self.weight, self.bias, weight_first=True)
+        return part_linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         branches, classes, in_features = self.weight.shape

@@ -67,19 +67,18 @@ class BranchClassAttention(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        few = dict(dd, weight_first=True)  # one token of an image
         hidden = int(dim * mlp_ratio)
         check_divisor("num_heads", num_heads, attn_dim=attn_dim)
         check_divisor("mlp_groups", mlp_groups, in_features=dim, hidden_features=hidden)
         self.num_heads = num_heads
         self.norm1 = BranchNorm(dim, num_branches, **dd)
-        self.q = BranchLinear(dim, attn_dim, num_branches, bias=False, **few)
-        self.k = BranchLinear(dim, attn_dim, num_branches, bias=False, **few)
-        self.v = BranchLinear(dim, attn_dim, num_branches, bias=False, **few)
-        self.proj = BranchLinear(attn_dim, dim, num_branches, **few)
+        self.q = BranchLinear(dim, attn_dim, num_branches, bias=False, **dd)
+        self.k = BranchLinear(dim, attn_dim, num_branches, bias=False, **dd)
+        self.v = BranchLinear(dim, attn_dim, num_branches, bias=False, **dd)
+        self.proj = BranchLinear(attn_dim, dim, num_branches, **dd)
         self.ls1 = BranchScale(dim, num_branches, init_values, **dd)
         self.norm2 = BranchNorm(dim, num_branches, **dd)
-        self.mlp = BranchMlp(dim, hidden, num_branches, mlp_groups, is_conv=True, **few)
+        self.mlp = BranchMlp(dim, hidden, num_branches, mlp_groups, is_conv=True, **dd)
         self.ls2 = BranchScale(dim, num_branches, init_values, **dd)
 
     def forward(self, token: Tensor, x: Tensor) -> Tensor:
@@ -223,7 +222,7 @@ class GramianHead(nn.Module):
         self.gram_layer = create_gram_layer(gram_dim, branches, **self.gram_layer_args, **dd)
         self.gram_embed: nn.Module | None
         self.gram_embed = BranchLinear(
-            triangle, features, branches, self.embed_groups, is_conv=True, weight_first=True, **dd
+            triangle, features, branches, self.embed_groups, is_conv=True, **dd
         )
         self.gram_embed_norm: nn.Module | None = SmallBatchNorm2d(branches * features, **dd)
         self.block: nn.Module | None

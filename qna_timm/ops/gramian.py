@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qna_timm.ops.branches import gram_matrix, part_linear
+
 
 def triangle_index(gram_dim: int, device: torch.device | str | None = None) -> Tensor:
     """Positions of the upper triangle in a flattened G x G matrix, row by row: int64 [T]."""
@@ -19,7 +21,7 @@ def triangle_index(gram_dim: int, device: torch.device | str | None = None) -> T
 def _gram_triangle(x: Tensor, index: Tensor, height: int) -> Tensor:
     branches, batch, positions, gram_dim = x.shape
     x = x.reshape(branches * batch, positions, gram_dim) * (1.0 / height)
-    gram = torch.bmm(x.transpose(1, 2), x).flatten(1)
+    gram = gram_matrix(x).flatten(1)
     triangle = gram.gather(1, index.expand(branches * batch, -1)) * (1.0 / positions)
     triangle = F.normalize(triangle, dim=1)  # eps 1e-12
     return triangle.view(branches, batch, index.shape[0])
@@ -85,9 +87,10 @@ def _class_attention(
     mixed = mixed.reshape(branches, num_heads, batch, dim) + own * token[:, None]
     # Weights sum to 1: the norm's affine map comes after the mean.
     mixed = mixed * norm_weight + norm_bias.view(branches, 1, 1, dim)
-    mixed = mixed.view(heads, batch, dim).transpose(1, 2)
-    out = torch.bmm(value_weight.view(heads, head_dim, dim), mixed)  # M*h, d, B
-    return out.view(branches, attn_dim, batch).transpose(1, 2)
+    value_weight = value_weight.view(heads, head_dim, dim)
+    out = part_linear(mixed.view(heads, batch, dim), value_weight, None)
+    out = out.view(branches, num_heads, batch, head_dim).transpose(1, 2)
+    return out.reshape(branches, batch, attn_dim)
 
 
 def class_attention(
