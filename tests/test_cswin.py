@@ -312,7 +312,7 @@ def test_compile_export_and_script(name: str) -> None:
     model = small(name, depths=(1, 1, 2, 1))
     x = torch.randn(2, 3, 64, 40)
     wanted = model(x)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-5)
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
