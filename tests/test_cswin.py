@@ -24,15 +24,19 @@ from qna_timm.layers.cswin_block import CSWinBlock
 from qna_timm.layers.stripe_attn import StripeAttention
 from qna_timm.models.cswin import checkpoint_filter_fn
 
-SMALL = dict(
-    dims=(8, 16, 24, 32),
-    depths=(1, 2, 3, 1),
-    num_heads=(2, 2, 4, 4),
-    split_sizes=(1, 2, 3, 3),
-    num_classes=7,
+SHARED = dict(dims=(8, 16, 24, 32), depths=(1, 2, 3, 1), split_sizes=(1, 2, 3, 3), num_classes=7)
+HEADS = (2, 2, 4, 4)
+SMALL = dict(SHARED, num_heads=HEADS)
+GRAMIAN = dict(
+    SHARED,
+    trunk_num_heads=HEADS,
+    gram_dim=16,
+    gram_num_heads=2,
+    fuse_num_heads=4,
+    gram_split_size=3,
+    fuse_split_size=3,
+    proj_groups=4,
 )
-GRAMIAN = dict(SMALL, gram_dim=16, gram_num_heads=2, fuse_num_heads=4, gram_split_size=3)
-GRAMIAN.update(fuse_split_size=3, proj_groups=4)
 
 
 def small(name: str = "cswin_tiny", **kwargs: object) -> nn.Module:

@@ -108,7 +108,7 @@ class GramianCSWin(GramianNet):
         global_pool: 'gram' or ''.
         dims: Channels of each stage; the last is also D, the fused map's.
         depths: Blocks of each stage.
-        num_heads: Heads of each stage.
+        trunk_num_heads: Heads of each stage; num_heads are the class attention's.
         split_sizes: Width of each stage's stripes.
         stem_type: 'deep' or 'patch', see `CSWin`.
         num_taps: Maps taken between the blocks of stage 3.
@@ -136,7 +136,7 @@ class GramianCSWin(GramianNet):
         global_pool: str = "gram",
         dims: Sequence[int] = (64, 128, 256, 512),
         depths: Sequence[int] = (1, 2, 21, 1),
-        num_heads: Sequence[int] = (2, 4, 8, 16),
+        trunk_num_heads: Sequence[int] = (2, 4, 8, 16),
         split_sizes: Sequence[int] = (1, 2, 7, 7),
         stem_type: str = "deep",
         num_taps: int = 1,
@@ -160,7 +160,7 @@ class GramianCSWin(GramianNet):
             in_chans=in_chans,
             dims=dims,
             depths=depths,
-            num_heads=num_heads,
+            num_heads=trunk_num_heads,
             split_sizes=split_sizes,
             stem_type=stem_type,
             drop_path_rate=drop_path_rate,
@@ -240,13 +240,13 @@ _SMALL = dict(depths=(2, 4, 32, 2))
 
 @register_model
 def ga_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> GramianCSWin:
-    """GA-CSWin-T: 42.0 M parameters, 6.1 GMACs at 224, 84.1 % top-1 in the paper's README."""
+    """GA-CSWin-T: 42.0 M parameters, 6.0 GMACs at 224 (paper: 6.1), 84.1 % top-1 in the paper's README."""
     return create_gramian(GramianCSWin, "ga_cswin_tiny", pretrained, **kwargs)
 
 
 @register_model
 def ga_cswin_small(pretrained: bool = False, **kwargs: Any) -> GramianCSWin:
-    """GA-CSWin-S: 54.3 M parameters, 8.6 GMACs at 224 (paper: 8.7), 84.7 % top-1 there."""
+    """GA-CSWin-S: 54.3 M parameters, 8.5 GMACs at 224 (paper: 8.7), 84.7 % top-1 there."""
     return create_gramian(GramianCSWin, "ga_cswin_small", pretrained, **dict(_SMALL, **kwargs))
 
 
