@@ -240,7 +240,7 @@ _SMALL = dict(depths=(2, 4, 32, 2))
 
 @register_model
 def ga_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> GramianCSWin:
-    """GA-CSWin-T: 42.0 M parameters, 6.0 GMACs at 224 (paper: 6.1), 84.1 % top-1 in the paper's README."""
+    """GA-CSWin-T: 42.0 M parameters, 6.0 GMACs at 224 (paper: 6.1), 84.1 % top-1 there."""
     return create_gramian(GramianCSWin, "ga_cswin_tiny", pretrained, **kwargs)
 
 
