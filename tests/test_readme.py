@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from golden import flax_params, info
+from golden import flax_params, info, released_gramian
 from PIL import Image
 from safetensors.torch import save_file
 from test_convert import write_flax
@@ -47,6 +47,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 image.save(folder / "photos" / split / label / f"{i}.jpg")
     shapes = info()["spec_qna_vit_tiny"]["params"]
     write_flax(folder / "checkpoint_375300", flax_params(shapes))
+    state = released_gramian("ga_convnext_tiny_688")
+    torch.save({"state_dict": state}, folder / "model_best.pth.tar")
     return folder
 
 
@@ -60,6 +62,8 @@ def test_python_examples(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> No
         for block in blocks("python"):
             exec(compile(block, "README.md", "exec"), space)
     assert space["logits"].shape == (1, 10) and space["out"].shape == (2, 30, 41, 64)
+    assert space["mean"].shape == (1, 10) and space["branches"].shape == (1, 5, 10)
+    assert space["heads"].num_branches == 3
     assert [m.shape[1] for m in space["maps"]] == [64, 128, 256, 512]
     assert Path("qna_vit_tiny.pt2").stat().st_size > 1_000_000
 

@@ -1,5 +1,9 @@
 """Layers: parameters and their names, above the operators."""
 
+from qna_timm.layers.batch_norm import SmallBatchNorm2d
+from qna_timm.layers.cswin_block import CSWinBlock
+from qna_timm.layers.fuse import FuseBottleneck, MapFusion
+from qna_timm.layers.gramian_head import GramianHead
 from qna_timm.layers.qna_attn import LearnedQueryAttention, LearnedQueryPool
 from qna_timm.layers.qna_block import Block, BlockArgs, qna_block, window_block
 from qna_timm.layers.qna_stage import (
@@ -10,18 +14,25 @@ from qna_timm.layers.qna_stage import (
     plan_stages,
 )
 from qna_timm.layers.stem import BiasedBatchNorm2d, PatchStem, ResNetStem
+from qna_timm.layers.stripe_attn import StripeAttention
 from qna_timm.layers.window_attn import WindowAttention, scale_windows, stage_windows
 
 __all__ = [
     "BiasedBatchNorm2d",
     "Block",
     "BlockArgs",
+    "CSWinBlock",
+    "FuseBottleneck",
+    "GramianHead",
     "LearnedQueryAttention",
     "LearnedQueryPool",
+    "MapFusion",
     "PatchStem",
     "QnAStage",
     "ResNetStem",
+    "SmallBatchNorm2d",
     "StageArgs",
+    "StripeAttention",
     "WindowAttention",
     "check_depths",
     "drop_path_rates",

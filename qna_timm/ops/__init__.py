@@ -1,14 +1,27 @@
 """Operators as pure functions of tensors. Read `reference.py` first: it is the specification."""
 
 from qna_timm.ops.api import learned_query_scores, normalize_query, qna_attention, window_attention
-from qna_timm.ops.reference import qna_attention_reference
+from qna_timm.ops.branches import gram_matrix, part_linear
+from qna_timm.ops.gramian import class_attention, gram_triangle, triangle_index
+from qna_timm.ops.reference import (
+    class_attention_reference,
+    gram_triangle_reference,
+    qna_attention_reference,
+)
 from qna_timm.ops.resize import resize_offset_table
 
 __all__ = [
+    "class_attention",
+    "class_attention_reference",
+    "gram_matrix",
+    "gram_triangle",
+    "gram_triangle_reference",
     "learned_query_scores",
     "normalize_query",
+    "part_linear",
     "qna_attention",
     "qna_attention_reference",
     "resize_offset_table",
+    "triangle_index",
     "window_attention",
 ]

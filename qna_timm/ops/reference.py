@@ -1,6 +1,7 @@
-"""Learned-query attention written for reading: one window at a time, softmax as in the paper.
+"""Operators written for reading: one window, or one branch, at a time, as in the papers.
 
-Letters: B batch, H W map, Q queries, h heads, d head_dim, C = h*d channels, K = kh*kw offsets.
+Letters: B batch, H W map, N positions, Q queries, h heads, d head_dim, C = h*d channels, K = kh*kw
+offsets; D channels of a fused map, G gram_dim, M branches, e = h*d.
 """
 
 import torch
@@ -48,3 +49,49 @@ def qna_attention_reference(
             row.append(einsum(attn, value[:, ys, xs], "b y x q h, b y x h d -> b h d"))
         rows.append(torch.stack(row, dim=1))
     return rearrange(torch.stack(rows, dim=1), "b y x h d -> b y x (h d)")
+
+
+def gram_triangle_reference(x: Tensor, height: int) -> Tensor:
+    """Upper triangle of every Gram matrix as a vector of length 1, in the dtype of x.
+
+    Arguments as in `gram_triangle`, whose index this does without.
+    """
+    num_positions, gram_dim = x.shape[-2:]
+    out = []
+    for features in x.flatten(0, 1) / height:  # N, G
+        gram = features.T @ features / num_positions
+        rows = [gram[i, i:] for i in range(gram_dim)]
+        triangle = torch.cat(rows)
+        out.append(triangle / triangle.norm().clamp(min=1e-12))
+    return torch.stack(out).unflatten(0, x.shape[:2])
+
+
+def class_attention_reference(
+    query: Tensor,
+    x: Tensor,
+    token: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """Attention of each branch's query to its own token and all positions, keys and values in full.
+
+    Arguments as in `class_attention`.
+    """
+    num_branches = query.shape[0]
+    weights = (key_weight, value_weight, norm_weight, norm_bias)
+    out = []
+    for m, (key, value, scale, bias) in enumerate(
+        zip(*(w.chunk(num_branches) for w in weights), strict=True)
+    ):
+        u = torch.cat([token[m][:, None], x], dim=1) * scale + bias  # B, 1+N, D
+        keys, values = (
+            rearrange(u @ w.T, "b n (h d) -> b h n d", h=num_heads) for w in (key, value)
+        )
+        q = rearrange(query[m], "b (h d) -> b h d", h=num_heads)
+        scores = einsum(q, keys, "b h d, b h n d -> b h n") * q.shape[-1] ** -0.5
+        mixed = einsum(scores.softmax(dim=-1), values, "b h n, b h n d -> b h d")
+        out.append(rearrange(mixed, "b h d -> b (h d)"))
+    return torch.stack(out)
