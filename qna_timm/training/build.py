@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from qna_timm.training.checkpoint import (
     check_weights,
     classes_of,
     classifier_names,
+    find_weights,
     is_classifier_key,
     read_weights,
 )
@@ -27,6 +29,7 @@ from qna_timm.training.data import dataset_classes
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
 from qna_timm.training.gramian_task import has_branches
+from qna_timm.training.names import model_label
 from qna_timm.training.task import classifier_layers
 
 _logger = logging.getLogger(__name__)
@@ -95,9 +98,15 @@ def _create(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
         return create_model(pretrained=args.pretrained, scriptable=args.torchscript, **resolved)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         reason = re.split(r"\n|[.] ", str(error).strip() or type(error).__name__)[0]
+        name = model_label(args.model, args.model_kwargs)
         if args.pretrained:
-            reason += " (--pretrained-path FILE starts from weights on this machine)"
-        raise UsageError(f"--model {args.model}: {reason}") from error
+            hint = "--pretrained-path FILE starts from weights on this machine"
+            if name != args.model:
+                hint += (
+                    f", --backbone-checkpoint {args.model_kwargs['backbone']} from its backbone's"
+                )
+            reason += f" ({hint})"
+        raise UsageError(f"--model {name}: {reason}") from error
 
 
 def _check_branches(args: argparse.Namespace, model: nn.Module) -> None:
@@ -120,12 +129,14 @@ def load_backbone(model: nn.Module, source: str) -> None:
 
     Args:
         model: The model.
-        source: A file, or timm's name of a model with published weights.
+        source: A file, a run folder, or timm's name of a model with published weights.
 
     Raises:
         UsageError: The model has no such trunk, or the source cannot be read or does not fit.
     """
     where = f"--backbone-checkpoint {source}"
+    if Path(source).is_dir():
+        source = str(find_weights(source))
     if not hasattr(model, "load_backbone"):
         name = model.pretrained_cfg.get("architecture", type(model).__name__)
         raise UsageError(
@@ -259,8 +270,27 @@ def prepare_model(model: nn.Module, args: argparse.Namespace, processes: Process
     if args.torchscript:
         if args.torchcompile or (args.sync_bn and processes.distributed):
             raise UsageError("--torchscript goes with neither --torchcompile nor --sync-bn")
-        model = torch.jit.script(model)
+        model = script(model, args.model)
     return model
+
+
+def script(model: nn.Module, name: str) -> nn.Module:
+    """The model as TorchScript.
+
+    Args:
+        model: In the mode it will be used in.
+        name: What the error message calls it.
+
+    Raises:
+        UsageError: TorchScript cannot read the model.
+    """
+    try:
+        return torch.jit.script(model)
+    except (RuntimeError, TypeError, torch.jit.frontend.FrontendError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
+        raise UsageError(
+            f"--torchscript: {name} cannot be scripted ({reason}); --torchcompile may work"
+        ) from error
 
 
 def input_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
@@ -310,6 +340,8 @@ def describe(
 ) -> dict[str, Any]:
     """The checkpoints' metadata; `qna_timm.training.checkpoint` lists the keys."""
     model_args = get_model_args(model)
+    # Weights that a trunk started from are no part of the model that is saved.
+    model_args.pop("backbone_pretrained", None)
     dataset_keys = (
         "dataset", "train_split", "val_split", "class_map", "input_img_mode",
         "input_key", "target_key", "val_num_samples",

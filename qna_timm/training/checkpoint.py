@@ -31,6 +31,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from qna_timm.training.errors import UsageError, closest
+from qna_timm.training.names import model_label
 
 METADATA_KEY = "qna_timm"
 _UMASK = os.umask(0)
@@ -237,8 +238,9 @@ def check_weights(
                 f"{path}: the checkpoint has {found} classes, the model {wanted}"
                 f" (--num-classes {found} fits)"
             )
-    arch = metadata.get("arch")
+    arch = model_label(metadata.get("arch", ""), metadata.get("model_kwargs", {}))
     ours = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    ours = model_label(ours, getattr(model, "_model_args", {}))
     text = f"{path}: not a checkpoint of {ours}"
     if arch and arch != ours:
         text += f" but of {arch}"

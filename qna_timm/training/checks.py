@@ -16,7 +16,7 @@ from timm.data.auto_augment import (
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from qna_timm.training.checkpoint import WEIGHTS_SUFFIXES
+from qna_timm.training.checkpoint import WEIGHTS_SUFFIXES, find_weights
 from qna_timm.training.errors import UsageError, closest
 from qna_timm.training.flags import FlagTable, all_flags
 from qna_timm.training.names import (
@@ -261,7 +261,7 @@ def _check_augmentation_policy(args: Namespace, origins: Origins) -> None:
 
 
 def _check_backbone(args: Namespace, origins: Origins) -> None:
-    """--backbone-checkpoint names a file or published weights, and nothing else loads the trunk."""
+    """--backbone-checkpoint names weights or a run, and nothing else loads the trunk."""
     source, where = args.backbone_checkpoint, origins["backbone_checkpoint"]
     if not source:
         return
@@ -269,6 +269,9 @@ def _check_backbone(args: Namespace, origins: Origins) -> None:
         if getattr(args, key):
             raise UsageError(f"{origins[key]}: loads the whole model, {where} its trunk; give one")
     if Path(source).is_file():
+        return
+    if Path(source).is_dir():
+        _attempt(where, lambda: find_weights(source))
         return
     if "/" in source or Path(source).suffix in WEIGHTS_SUFFIXES:
         _check_path(args, origins, "backbone_checkpoint")

@@ -66,7 +66,7 @@ _MODEL = (
         str,
         "",
         "Load the trunk of a model with Gramian heads from this: a file with ImageNet weights of "
-        "its backbone, or timm's name of them (not in timm).",
+        "its backbone, timm's name of them, or a run folder (not in timm).",
     ),
     Flag(
         "--num-classes",

@@ -90,7 +90,8 @@ def check_model_name(name: str, where: str = "--model") -> None:
     if not timm.is_model(base):
         known = timm.list_models()
         if base.startswith(_HEADED_PREFIX):
-            known += [f"{_HEADED_PREFIX}{model}" for model in known]
+            plain = [model for model in known if not model.startswith(_HEADED_PREFIX)]
+            known += [f"{_HEADED_PREFIX}{model}" for model in plain]
         raise UsageError(f"{where}: unknown model '{name}'{closest(base, known)}")
     tagged = timm.list_models(f"{base}.*", include_tags=True)
     if tag and name not in tagged:

@@ -16,6 +16,7 @@ from timm.utils import natural_key, reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from qna_timm.training.build import script
 from qna_timm.training.checkpoint import (
     FOLDER_FILES,
     STATE_SUFFIX,
@@ -27,7 +28,7 @@ from qna_timm.training.checkpoint import (
 from qna_timm.training.data import dataset_classes, open_dataset
 from qna_timm.training.errors import UsageError
 from qna_timm.training.gramian_task import has_branches
-from qna_timm.training.names import expand_model_names, resolve_model
+from qna_timm.training.names import expand_model_names, model_label, resolve_model
 
 _logger = logging.getLogger(__name__)
 
@@ -217,7 +218,8 @@ def build_candidate(
         model = create_model(pretrained=pretrained, scriptable=settings.torchscript, **resolved)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--model {settings.model}: {reason}") from error
+        name = model_label(settings.model, settings.model_kwargs)
+        raise UsageError(f"--model {name}: {reason}") from error
     if settings.checkpoint:
         load_weights(model, settings.checkpoint, settings.use_ema)
     elif not pretrained:
@@ -349,7 +351,7 @@ def place(model: nn.Module, settings: argparse.Namespace, device: torch.device) 
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if settings.torchscript:
-        return torch.jit.script(model)
+        return script(model, model_label(settings.model, settings.model_kwargs))
     if settings.torchcompile:
         torch.compiler.reset()
         return torch.compile(model, backend=settings.torchcompile, mode=settings.torchcompile_mode)

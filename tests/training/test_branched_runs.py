@@ -182,6 +182,7 @@ def test_two_processes_train_like_one(train: ModuleType, tmp_path: Path) -> None
         ("--torchscript", "--torchscript: a scripted test_branched .*--torchcompile works"),
         ("--ga-lam nan", "--ga-lam: expected a number, found 'nan'"),
         ("--backbone-checkpoint no/such.pth", "--backbone-checkpoint: there is no file"),
+        ("--backbone-checkpoint .", r"--backbone-checkpoint: \.: no weights in this folder"),
         ("--backbone-checkpoint test_vitt", "--backbone-checkpoint: unknown model .*'test_vit'"),
         (
             "--backbone-checkpoint test_vit --initial-checkpoint {self}",
@@ -192,6 +193,11 @@ def test_two_processes_train_like_one(train: ModuleType, tmp_path: Path) -> None
             "--backbone-checkpoint .*: test_vit is a backbone itself; --pretrained-path",
         ),
         ("--model ga_test_vitt", "--model: unknown model 'ga_test_vitt'.*'ga_test_vit'"),
+        ("--model ga_convnext_tiy", r"'ga_convnext_tiny'(?!.*ga_ga_)"),
+        (
+            "--model ga_test_vit --pretrained",
+            "--model ga_test_vit: .*--backbone-checkpoint test_vit from its backbone's",
+        ),
         (
             "--model ga_test_vit --model-kwargs backbone=test_resnet",
             "--model ga_test_vit: .*another backbone, 'test_resnet'",
@@ -283,6 +289,30 @@ def test_backbone_is_loaded_and_told(
 
 
 # --- names ---
+
+
+def test_a_run_is_a_backbone_file_too(
+    train: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    plain = "--model test_vit --img-size 160 --ga-lam 0 --epochs 1 --max-steps 1 --experiment a"
+    assert train.main(digits(tmp_path, *plain.split())) == 0
+    model = timm.create_model("ga_backbone", backbone="test_vit", num_classes=10)
+    build.load_backbone(model, str(tmp_path / "a"))
+    assert f"backbone {tmp_path / 'a' / 'best.safetensors'}: " in caplog.messages[-1]
+    weights, _ = read_weights(tmp_path / "a")
+    assert torch.equal(model.trunk.cls_token, weights["cls_token"])
+
+
+def test_trunk_weights_are_no_argument_of_the_checkpoint() -> None:
+    """Else whoever builds the model of the checkpoint downloads them, to overwrite them."""
+    model = timm.create_model("ga_backbone", backbone="test_vit", num_classes=10)
+    model._model_args["backbone_pretrained"] = True
+    args = parse_train_args(["--dataset", "sklearn/digits", "--device", "cpu"])
+    config = build.input_config(args, model)
+    metadata = build.describe(args, model, config, None)
+    assert metadata["model_kwargs"]["backbone"] == "test_vit"
+    assert "backbone_pretrained" not in metadata["model_kwargs"]
 
 
 def test_ga_name_means_heads_on_a_backbone(tmp_path: Path) -> None:
@@ -378,6 +408,14 @@ def test_branches_of_a_model_without(validate: ModuleType, tmp_path: Path) -> No
     branched = ["--model", "test_branched", "--num-classes", "10", "--img-size", "64"]
     with pytest.raises(UsageError, match="--test-pool is for average pooling"):
         validate.main([*argv, *branched, "--test-pool"])
+
+
+def test_what_cannot_be_scripted(validate: ModuleType) -> None:
+    argv = "--dataset sklearn/digits --num-classes 10 --num-samples 8 --model ga_test_resnet"
+    words = [*argv.split(), "--device", "cpu", "-j", "0", "--torchscript"]
+    with pytest.raises(UsageError, match="--torchscript: ga_test_resnet cannot be scripted") as no:
+        validate.main(words)
+    assert "\n" not in str(no.value)
 
 
 def test_results_of_different_numbers_of_branches(validate: ModuleType, tmp_path: Path) -> None:
