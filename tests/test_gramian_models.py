@@ -1,6 +1,7 @@
 """Gramian models against the golden files, and what all of them promise."""
 
 import copy
+import re
 from pathlib import Path
 
 import golden
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import qna_timm  # noqa: F401 - registers the models
 from qna_timm.convert import ConversionError, gramian_state_dict
 from qna_timm.layers.fuse import tap_positions
+from qna_timm.models.ga_convnext import GramianConvNeXt
 
 GOLDEN = ("ga_convnext_tiny_688", "ga_cswin_tiny")
 SMALL = dict(depths=(1, 1, 3, 1), dims=(8, 16, 24, 32), num_taps=1, gram_dim=16, num_classes=7)
@@ -172,6 +174,11 @@ def test_any_size_and_batch_1(size: tuple[int, int], training: bool) -> None:
     torch.testing.assert_close(small().train(training)(x), logits, rtol=1e-4, atol=1e-5)
 
 
+def test_no_images() -> None:
+    """An empty batch in evaluation, as a last shard may be."""
+    assert small(drop_path_rate=0.1).eval()(torch.empty(0, 3, 32, 32)).shape == (0, 7)
+
+
 def test_compile_and_export() -> None:
     """One graph, also with branch outputs; exported with a batch of any size."""
     model = small().eval()
@@ -317,6 +324,21 @@ def test_pretrained_overlay_takes_released_and_own_files(tmp_path: Path) -> None
         timm.create_model("ga_convnext_tiny_768", pretrained=True, pretrained_cfg_overlay=overlay)
 
 
+def test_fused_map_alone_takes_whole_files(tmp_path: Path) -> None:
+    """A model without branches loads a file that has them."""
+    whole = small().eval()
+    save_file(whole.state_dict(), tmp_path / "whole.safetensors")
+    model = timm.create_model(
+        "ga_convnext_tiny",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "whole.safetensors")},
+        global_pool="",
+        **{**SMALL, "num_classes": 0},
+    ).eval()
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model(x), whole.forward_features(x))
+
+
 def test_released_checkpoints_that_do_not_fit() -> None:
     """A branch too few, a tensor of something else: one line that names it."""
     name = "ga_convnext_tiny_688"
@@ -350,6 +372,38 @@ def test_backbone_weights_load_into_the_trunk(tmp_path: Path) -> None:
         assert torch.equal(weights[name], donor.state_dict()[name]), name
     assert "stages.3.blocks.0.mlp.fc1" in str(report)
     assert "\n" not in str(report)
+
+
+def test_backbone_weights_load_into_a_model_of_no_factory(tmp_path: Path) -> None:
+    """The class itself has no pretrained_cfg."""
+    donor = timm.create_model("convnext_tiny", depths=(1, 1, 3, 1), dims=(8, 16, 24, 32))
+    save_file(donor.state_dict(), tmp_path / "convnext.safetensors")
+    model = GramianConvNeXt(**SMALL)
+    assert model.load_backbone(str(tmp_path / "convnext.safetensors")).fresh == []
+
+
+def test_convnext_backbone_under_the_names_of_its_repository(tmp_path: Path) -> None:
+    """The last stage, narrower here, stays fresh; a file of another network is told as one."""
+    kwargs = {"depths": (1, 1, 3, 1), "dims": (16, 32, 64, 128), "gram_dim": 16}
+    kwargs |= {"num_classes": 3, "proj_groups": 1, "embed_groups": 8}
+    model = timm.create_model("ga_convnext_tiny", **kwargs)
+    donor = timm.create_model("convnext_tiny", depths=(1, 1, 3, 1), dims=(16, 32, 64, 96))
+    released = {}
+    for name, tensor in donor.state_dict().items():
+        name = name.replace("stem.", "downsample_layers.0.").replace("head.norm", "norm")
+        name = name.replace("head.fc.", "head.").replace("conv_dw", "dwconv")
+        name = re.sub(r"stages\.(\d)\.downsample", r"downsample_layers.\1", name)
+        released[name.replace(".blocks.", ".").replace("mlp.fc", "pwconv")] = tensor
+    torch.save({"model": released}, tmp_path / "convnext.pth")
+    model.load_backbone(str(tmp_path / "convnext.pth"))
+    weights = model.trunk.state_dict()
+    for name in set(weights) & set(donor.state_dict()):
+        if not name.startswith(("stages.3.", "head.")):
+            assert torch.equal(weights[name], donor.state_dict()[name]), name
+
+    torch.save({"fc.weight": torch.zeros(2, 3), "epoch": 3}, tmp_path / "other.pth")
+    with pytest.raises(ConversionError, match="no tensor fits the trunk"):
+        model.load_backbone(str(tmp_path / "other.pth"))
 
 
 def test_backbone_of_another_kind_is_refused(tmp_path: Path) -> None:

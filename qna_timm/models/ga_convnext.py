@@ -130,7 +130,12 @@ class GramianConvNeXt(GramianNet):
 
     def backbone_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
         """timm's and the ConvNeXt repository's names; see `load_backbone`."""
-        return convnext_filter(state_dict, self.trunk)
+        tensors = {name: t for name, t in state_dict.items() if isinstance(t, Tensor)}
+        # timm's function gives matrices the trunk's shape, which other stages and files have not:
+        # with a third dimension they pass.
+        matrices = {name: t[..., None] for name, t in tensors.items() if t.ndim == 2}
+        renamed = convnext_filter({**tensors, **matrices}, self.trunk)
+        return {name: t[..., 0] if t.ndim == 3 else t for name, t in renamed.items()}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
