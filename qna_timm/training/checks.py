@@ -273,7 +273,7 @@ def _check_backbone(args: Namespace, origins: Origins) -> None:
     if Path(source).is_dir():
         _attempt(where, lambda: find_weights(source))
         return
-    if "/" in source or Path(source).suffix in WEIGHTS_SUFFIXES:
+    if "/" in source or source.endswith(WEIGHTS_SUFFIXES):
         _check_path(args, origins, "backbone_checkpoint")
     check_model_name(source, where)
 

@@ -182,6 +182,7 @@ def test_two_processes_train_like_one(train: ModuleType, tmp_path: Path) -> None
         ("--torchscript", "--torchscript: a scripted test_branched .*--torchcompile works"),
         ("--ga-lam nan", "--ga-lam: expected a number, found 'nan'"),
         ("--backbone-checkpoint no/such.pth", "--backbone-checkpoint: there is no file"),
+        ("--backbone-checkpoint no.pth.tar", "--backbone-checkpoint: there is no file"),
         ("--backbone-checkpoint .", r"--backbone-checkpoint: \.: no weights in this folder"),
         ("--backbone-checkpoint test_vitt", "--backbone-checkpoint: unknown model .*'test_vit'"),
         (
