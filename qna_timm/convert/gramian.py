@@ -143,6 +143,8 @@ def gramian_state_dict(
         model: The model they are for.
         exact: The first convolution must have the model's input channels.
 
+    The branches' tensors are left out where the model has no branches (global_pool='').
+
     Raises:
         ConversionError: tensors missing, unknown or of the wrong shape; branches that differ.
     """
@@ -150,6 +152,11 @@ def gramian_state_dict(
     state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     if is_released_gramian(state_dict):
         state_dict = _released_to_ours(state_dict)
+    num_classes = num_classes_of(state_dict)
+    if model.head.global_pool == "":  # no branches
+        state_dict = {
+            name: tensor for name, tensor in state_dict.items() if not name.startswith("head.")
+        }
     check_fit(state_dict, model, exact)
-    declare_classes(num_classes_of(state_dict), model)
+    declare_classes(num_classes, model)
     return state_dict

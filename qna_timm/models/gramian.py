@@ -279,7 +279,8 @@ class GramianNet(nn.Module):
         """
         state_dict = self.backbone_state_dict(_read_backbone(source))
         wanted = self.trunk.state_dict()
-        stems = (self.pretrained_cfg or {}).get("first_conv") or ()
+        cfg = getattr(self, "pretrained_cfg", None) or {}  # timm's factory sets it
+        stems = cfg.get("first_conv") or ()
         stems = (stems,) if isinstance(stems, str) else stems
         stems = {f"{stem.removeprefix('trunk.')}.weight" for stem in stems}
         found = {}
