@@ -281,7 +281,7 @@ def create_trunk(
     reserved = [name for name in OWN_ARGS if name in backbone_args]
     if reserved:
         raise ValueError(f"backbone_args: {reserved[0]} is an argument of ga_backbone itself")
-    if ":" not in backbone and not timm.is_model(backbone.partition(".")[0]):
+    if not _is_timm_name(backbone):
         raise ValueError(f"backbone: timm has no model {backbone!r} (timm.list_models() lists all)")
     given = {name: value for name, value in optional.items() if value is not None}
     while True:
@@ -311,6 +311,13 @@ def create_trunk(
     return trunk
 
 
+def _is_timm_name(backbone: Any) -> bool:
+    """Whether timm has a model of this name; names of hubs and local folders are left to timm."""
+    if not isinstance(backbone, str):
+        return False
+    return ":" in backbone or timm.is_model(backbone.partition(".")[0])
+
+
 def _tap_indices(backbone: str, taps: Sequence[int] | None, reductions: list[int]) -> list[int]:
     """Indices of the tapped maps, rising; by default the last map of each stride from 4 up."""
     if taps is None:
@@ -318,11 +325,12 @@ def _tap_indices(backbone: str, taps: Sequence[int] | None, reductions: list[int
         coarse = [i for reduction, i in last.items() if reduction >= FINEST_STRIDE]
         return sorted(coarse or last.values())
     count = len(reductions)
-    if not taps or not all(isinstance(tap, int) and -count <= tap < count for tap in taps):
+    listed = isinstance(taps, Sequence) and len(taps) > 0
+    if not listed or not all(isinstance(tap, int) and -count <= tap < count for tap in taps):
         strides = ", ".join(map(str, reductions))
         raise ValueError(
-            f"taps must be indices from 0 to {count - 1} into the maps of {backbone}"
-            f" (strides {strides}), got {tuple(taps)}"
+            f"taps must be a list of indices from 0 to {count - 1} into the maps of {backbone}"
+            f" (strides {strides}), got {taps}"
         )
     return sorted({tap % count for tap in taps})
 
@@ -429,7 +437,7 @@ def ga_backbone(pretrained: bool = False, **kwargs: Any) -> GramianBackbone:
     """Gramian heads on `backbone`, by default EfficientNet-B0: see `GramianBackbone`."""
     backbone = kwargs.get("backbone", DEFAULT_BACKBONE)
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
-    if ":" in backbone or timm.is_model(backbone.partition(".")[0]):
+    if _is_timm_name(backbone):
         backbone_args = kwargs.get("backbone_args") or {}
         overlay = _cfg_overlay(backbone, backbone_args, kwargs.get("pretrained_cfg"), overlay)
     if pretrained:
