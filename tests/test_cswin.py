@@ -503,6 +503,15 @@ def test_fusion_by_a_bottleneck() -> None:
         (lambda: small("ga_cswin_tiny", fuse_type="sum"), "fuse_type must be 'cswin' or 'bottle"),
         (lambda: small("ga_cswin_tiny", dims=(8, 16, 24)), "dims must have an entry for each of 4"),
         (lambda: small("ga_cswin_tiny", num_taps=3), "num_taps must be 0 to 2 for 3 blocks, got 3"),
+        (
+            lambda: small("ga_cswin_tiny", trunk_num_heads=(3, 2, 4, 8)),
+            r"trunk_num_heads\[0\] must be a multiple of 2 and divide dims\[0\]=",
+        ),
+        (
+            lambda: small("ga_cswin_tiny", trunk_num_heads=(2, 2, 4)),
+            "trunk_num_heads must be a number of at least 1 for each of 4 stages",
+        ),
+        (lambda: small("ga_cswin_tiny", fuse_num_heads=3), "fuse_num_heads must .*; got 3"),
     ],
 )
 def test_bad_constructions(make, message: str) -> None:

@@ -232,6 +232,8 @@ def test_branch_count_and_width() -> None:
         assert small(**kwargs).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 7)
     with pytest.raises(ValueError, match="embed_groups"):
         small(gram_dim=13)
+    with pytest.raises(ValueError, match=r"dims must be a number .* each of 4 stages, got"):
+        small(dims=(8, 16, 24))
     with pytest.raises(TypeError, match="num_branch"):
         small(num_branch=2)
 

@@ -19,20 +19,23 @@ from qna_timm.ops.branches import part_linear
 register_notrace_function(part_linear)  # has a gradient of its own; FX takes it as one node
 
 
-def check_divisor(name: str, value: int, **sizes: int) -> None:
+def check_divisor(name: str, value: int, step: int = 1, **sizes: int) -> None:
     """Raise ValueError, with the divisors that would do, unless value divides all sizes.
 
     Args:
         name: The argument.
         value: What it was given.
+        step: What it has to be a multiple of: 2 for even divisors.
         sizes: What it has to divide, by name.
     """
     common = math.gcd(*sizes.values())
-    if value >= 1 and common >= 1 and common % value == 0:
+    if value >= 1 and common >= 1 and value % step == 0 and common % value == 0:
         return
     wholes = " and ".join(f"{key}={size}" for key, size in sizes.items())
-    allowed = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-    raise ValueError(f"{name} must divide {wholes}: one of {allowed}; got {value}")
+    divisors = [str(n) for n in range(step, common + 1, step) if common % n == 0]
+    allowed = f"one of {', '.join(divisors)}" if divisors else "nothing does"
+    multiple = f"be a multiple of {step} and " if step > 1 else ""
+    raise ValueError(f"{name} must {multiple}divide {wholes}: {allowed}; got {value}")
 
 
 def init_layer(weight: Tensor, bias: Tensor | None, conv_init: str) -> None:

@@ -142,9 +142,7 @@ class CSWinGramLayer(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        if num_heads % 2:
-            raise ValueError(f"gram_num_heads must be even, got {num_heads}")
-        check_divisor("gram_num_heads", num_heads, gram_dim=dim)
+        check_divisor("gram_num_heads", num_heads, 2, gram_dim=dim)
         check_divisor("gram_mlp_groups", mlp_groups, gram_dim=dim)
         if split_size < 1:
             raise ValueError(f"gram_split_size must be at least 1, got {split_size}")

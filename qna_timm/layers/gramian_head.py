@@ -174,8 +174,15 @@ class GramianHead(nn.Module):
         check_divisor("embed_groups", embed_groups, triangle=triangle, in_features=in_features)
         if gram_layer not in GRAM_LAYERS:
             raise ValueError(f"gram_layer must be one of {GRAM_LAYERS}, got {gram_layer!r}")
+        _check_sizes(num_heads=num_heads)
         if attn_dim is None:
             attn_dim = in_features // 4 // num_heads * num_heads
+            if attn_dim == 0:
+                raise ValueError(
+                    f"num_heads must be 1 to {in_features // 4} for in_features={in_features},"
+                    f" or attn_dim be given; got {num_heads}"
+                )
+        _check_sizes(attn_dim=attn_dim)
 
         self.in_features = in_features
         self.num_branches = num_branches

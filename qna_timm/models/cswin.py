@@ -127,8 +127,8 @@ class CSWinStage(nn.Module):
         return self.forward_taps(x, [])[-1]
 
 
-def _check_stages(**values: Sequence[int]) -> None:
-    """One positive number for each stage, of each argument."""
+def check_stages(**values: Sequence[int]) -> None:
+    """Raise ValueError unless each argument has a positive number for each stage, as dims has."""
     stages = len(values["dims"])
     for name, numbers in values.items():
         if len(numbers) != stages or min(numbers, default=0) < 1:
@@ -199,7 +199,7 @@ class CSWin(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        _check_stages(dims=dims, depths=depths, num_heads=num_heads, split_sizes=split_sizes)
+        check_stages(dims=dims, depths=depths, num_heads=num_heads, split_sizes=split_sizes)
         act = get_act_layer(act_layer)
         norm = partial(get_norm_layer(norm_layer), eps=norm_eps)
         self.num_classes = num_classes

@@ -82,6 +82,9 @@ class GramianConvNeXt(GramianNet):
         drop_path_rate: Stochastic depth of fusion and Gram layers, rising linearly from 0 over the
             trunk's blocks.
         head_args: Arguments of `GramianHead`.
+
+    Raises:
+        ValueError: not four stages, too many taps, and what `GramianHead` refuses.
     """
 
     def __init__(
@@ -99,6 +102,11 @@ class GramianConvNeXt(GramianNet):
         **head_args: Any,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        for name, numbers in (("depths", depths), ("dims", dims)):
+            if len(numbers) != 4 or min(numbers) < 1:
+                raise ValueError(
+                    f"{name} must be a number of at least 1 for each of 4 stages, got {numbers}"
+                )
         blocks = sum(depths)
         trunk = ConvNeXtTrunk(
             num_taps,

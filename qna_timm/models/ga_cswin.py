@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from qna_timm.convert.common import unwrap
 from qna_timm.convert.cswin import is_released_cswin, rename_cswin
+from qna_timm.layers.branches import check_divisor
 from qna_timm.layers.cswin_block import CSWinBlock
 from qna_timm.layers.fuse import FuseBottleneck, MapFusion, tap_positions
-from qna_timm.models.cswin import CSWin
+from qna_timm.models.cswin import CSWin, check_stages
 from qna_timm.models.gramian import GramianNet, create_gramian, gramian_cfg
 from qna_timm.models.gramian import checkpoint_filter_fn as checkpoint_filter_fn
 
@@ -155,6 +156,10 @@ class GramianCSWin(GramianNet):
         dd = {"device": device, "dtype": dtype}
         if len(dims) != 4:
             raise ValueError(f"dims must have an entry for each of 4 stages, got {dims}")
+        check_stages(dims=dims, trunk_num_heads=trunk_num_heads)
+        for i, num_heads in enumerate(trunk_num_heads):
+            halves = 2 if i < 3 else 1
+            check_divisor(f"trunk_num_heads[{i}]", num_heads, halves, **{f"dims[{i}]": dims[i]})
         trunk = CSWinTrunk(
             num_taps,
             in_chans=in_chans,
@@ -169,6 +174,7 @@ class GramianCSWin(GramianNet):
         reductions = [4, 8] + [16] * (num_taps + 1) + [32]
         channels = dims[0] + dims[1] + (num_taps + 1) * dims[2] + dims[3]
         if fuse_type == "cswin":
+            check_divisor("fuse_num_heads", fuse_num_heads, 2, **{"dims[3]": dims[3]})
             fuse_args = (fuse_num_heads, fuse_split_size, fuse_mlp_ratio, drop_path_rate)
             block: nn.Module = FuseCSWin(channels, dims[3], *fuse_args, **dd)
         elif fuse_type == "bottleneck":
