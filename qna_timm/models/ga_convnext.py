@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from timm.models import checkpoint, generate_default_cfgs, register_model
-from timm.models.convnext import ConvNeXt
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from timm.models.convnext import checkpoint_filter_fn as convnext_filter
 from torch import Tensor, nn
 
@@ -32,8 +32,17 @@ class ConvNeXtTrunk(ConvNeXt):
     def __init__(self, num_taps: int, **convnext_args: Any) -> None:
         super().__init__(num_classes=0, **convnext_args)
         self.head = nn.Identity()
+        self.ls_init_value = convnext_args.get("ls_init_value", 1e-6)
         self.tap_stage = TAP_STAGE
         self.tap_blocks = tap_positions(len(self.stages[TAP_STAGE].blocks), num_taps)
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Truncated normal weights (std 0.02), zero biases, the initial layer scale."""
+        init_trunc_normal(self)
+        for module in self.modules():
+            if isinstance(module, ConvNeXtBlock) and module.gamma is not None:
+                nn.init.constant_(module.gamma, self.ls_init_value)
 
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: there is no classifier."""
@@ -133,7 +142,7 @@ class GramianConvNeXt(GramianNet):
             **head_args,
             **dd,
         )
-        init_trunc_normal(self.fuse)
+        self._init_fuse()
         self.head.init_weights("trunc_normal")
 
     def backbone_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:

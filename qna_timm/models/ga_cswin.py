@@ -199,6 +199,7 @@ class GramianCSWin(GramianNet):
         self._init_fuse()
         self.head.init_weights("default")
 
+    @torch.jit.ignore
     def _init_fuse(self) -> None:
         """Linear maps truncated normal (std 0.02) as in the trunk; convolutions as PyTorch's."""
         for module in self.fuse.modules():

@@ -166,8 +166,17 @@ class GramianResNet(GramianNet):
             **head_args,
             **dd,
         )
-        _init_fuse(block)
+        self._init_fuse()
         self.head.init_weights("trunc_normal")
+
+    @torch.jit.ignore
+    def _init_fuse(self) -> None:
+        """As timm's ResNet: Kaiming-normal weights by fan-out, zero biases."""
+        for layer in self.fuse.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def backbone_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         """timm's names; see `load_backbone`.
@@ -180,15 +189,6 @@ class GramianResNet(GramianNet):
             for name, tensor in state_dict.items()
             if not (plain_stem and name.startswith("bn1."))
         }
-
-
-def _init_fuse(block: nn.Module) -> None:
-    """As timm's ResNet: Kaiming-normal weights by fan-out, zero biases."""
-    for layer in block.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -111,6 +111,34 @@ class GramianNet(nn.Module):
         self.head.branch_outputs = enable
 
     @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Set trunk, fusion and heads to initial values, as the constructor does.
+
+        Parameters of a `ga_backbone` that neither its backbone's `init_weights` nor its modules'
+        `reset_parameters` know stay as they are.
+
+        Args:
+            needs_reset: Also call `reset_parameters` of all modules (after `to_empty`).
+        """
+        parts = [self.trunk] if self.fuse is None else [self.trunk, self.fuse]
+        if needs_reset:
+            for module in (module for part in parts for module in part.modules()):
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+                if hasattr(module, "init_non_persistent_buffers"):
+                    module.init_non_persistent_buffers()
+        if hasattr(self.trunk, "init_weights"):
+            self.trunk.init_weights()
+        if self.fuse is not None:
+            self._init_fuse()
+        self.head.init_weights(self.head.conv_init)
+
+    @torch.jit.ignore
+    def _init_fuse(self) -> None:
+        """Initial weights of the fusion, where they are not PyTorch's."""
+        init_trunc_normal(self.fuse)
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """The trunk's parameters that its recipe does not decay."""
         own = getattr(self.trunk, "no_weight_decay", set)
