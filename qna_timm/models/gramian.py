@@ -345,10 +345,10 @@ def _read_backbone(source: str) -> Mapping[str, Any]:
         try:
             return load_state_dict(source, use_ema=True)
         except Exception as error:
-            reason = str(error).strip().splitlines()
+            # The first sentence: torch's later ones advise to trust the file.
+            reason = re.split(r"\n|[.] ", str(error).strip() or type(error).__name__)[0]
             raise ConversionError(
-                f"{source}: neither a readable checkpoint nor a timm model"
-                f" ({reason[0] if reason else type(error).__name__})"
+                f"{source}: neither a readable checkpoint nor a timm model ({reason})"
             ) from error
     try:
         return timm.create_model(source, pretrained=True).state_dict()
