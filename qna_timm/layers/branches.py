@@ -199,6 +199,12 @@ class BranchLinear(nn.Module):
         """See `GramianHead.init_weights`."""
         init_layer(self.weight, self.bias, conv_init if self.is_conv else "trunc_normal")
 
+    def of_branches(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weight [out, in] and bias [out] of every branch, of a map with bias, without groups."""
+        weight, bias = self.weight.unflatten(0, (self.num_branches, -1)), self.bias
+        assert bias is not None
+        return weight.unbind(0), bias.view(self.num_branches, -1).unbind(0)
+
     def forward(self, x: Tensor) -> Tensor:
         parts = self.num_branches * self.groups
         if self.groups > 1:  # M, L, groups*in -> M*groups, L, in
@@ -312,6 +318,8 @@ class BranchMlp(nn.Module):
         num_branches: M.
         groups: Groups of both maps, a divisor of dim and hidden.
         is_conv: See `BranchLinear`.
+        in_turn: One branch after the other, without groups: of many tokens the hidden channels of
+            one stay in a processor's cache (the head's forward pass takes 0.65 of the time).
 
     Shape: [M, L, dim] -> the same.
     """
@@ -323,17 +331,31 @@ class BranchMlp(nn.Module):
         num_branches: int,
         groups: int = 1,
         is_conv: bool = False,
+        in_turn: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         kwargs = dict(groups=groups, is_conv=is_conv, device=device, dtype=dtype)
-        self.groups = groups
+        self.num_branches, self.groups = num_branches, groups
+        self.in_turn = in_turn and groups == 1
         self.fc1 = BranchLinear(dim, hidden, num_branches, **kwargs)
         self.act = nn.GELU()
         self.fc2 = BranchLinear(hidden, dim, num_branches, **kwargs)
 
+    def _forward_in_turn(self, x: Tensor) -> Tensor:
+        parts = x.unbind(0)
+        weights, biases = self.fc1.of_branches()
+        out_weights, out_biases = self.fc2.of_branches()
+        out = []
+        for i in range(self.num_branches):
+            hidden = self.act(F.linear(parts[i], weights[i], biases[i]))
+            out.append(F.linear(hidden, out_weights[i], out_biases[i]))
+        return torch.stack(out)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.in_turn:
+            return self._forward_in_turn(x)
         x = self.act(self.fc1(x))
         if self.groups > 1:
             x = x.unflatten(2, (-1, self.groups)).transpose(2, 3).flatten(2)

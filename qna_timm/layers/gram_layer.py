@@ -89,7 +89,7 @@ class ConvNeXtGramLayer(nn.Module):
         self.init_values = init_values
         self.conv_dw = BranchDepthwiseConv(dim, num_branches, 7, **dd)
         self.norm = BranchNorm(dim, num_branches, eps=1e-6, **dd)
-        self.mlp = BranchMlp(dim, 4 * dim, num_branches, **dd)
+        self.mlp = BranchMlp(dim, 4 * dim, num_branches, in_turn=True, **dd)
         self.gamma = nn.Parameter(torch.empty(num_branches * dim, **dd))
         self.drop_path = BranchDropPath(drop_path)
         self.reset_parameters()
@@ -156,7 +156,9 @@ class CSWinGramLayer(nn.Module):
         )
         self.proj = BranchLinear(dim, dim, num_branches, **dd)
         self.norm2 = BranchNorm(dim, num_branches, **dd)
-        self.mlp = BranchMlp(dim, 4 * dim, num_branches, mlp_groups, is_conv=mlp_groups > 1, **dd)
+        self.mlp = BranchMlp(
+            dim, 4 * dim, num_branches, mlp_groups, is_conv=mlp_groups > 1, in_turn=True, **dd
+        )
         self.drop_path = BranchDropPath(drop_path)
 
     def _attend(self, x: Tensor, batch: int, height: int, width: int) -> Tensor:
