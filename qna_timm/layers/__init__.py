@@ -13,11 +13,13 @@ from qna_timm.layers.qna_stage import (
     drop_path_rates,
     plan_stages,
 )
+from qna_timm.layers.span_attn import AdaptiveSpan, SpanAttention
 from qna_timm.layers.stem import BiasedBatchNorm2d, PatchStem, ResNetStem
 from qna_timm.layers.stripe_attn import StripeAttention
 from qna_timm.layers.window_attn import WindowAttention, scale_windows, stage_windows
 
 __all__ = [
+    "AdaptiveSpan",
     "BiasedBatchNorm2d",
     "Block",
     "BlockArgs",
@@ -31,6 +33,7 @@ __all__ = [
     "QnAStage",
     "ResNetStem",
     "SmallBatchNorm2d",
+    "SpanAttention",
     "StageArgs",
     "StripeAttention",
     "WindowAttention",

@@ -7,8 +7,11 @@ from qna_timm.ops.reference import (
     class_attention_reference,
     gram_triangle_reference,
     qna_attention_reference,
+    span_attention_reference,
 )
 from qna_timm.ops.resize import resize_offset_table
+from qna_timm.ops.span_api import span_attention
+from qna_timm.ops.span_attn import ring_index, ring_weights
 
 __all__ = [
     "class_attention",
@@ -22,6 +25,10 @@ __all__ = [
     "qna_attention",
     "qna_attention_reference",
     "resize_offset_table",
+    "ring_index",
+    "ring_weights",
+    "span_attention",
+    "span_attention_reference",
     "triangle_index",
     "window_attention",
 ]

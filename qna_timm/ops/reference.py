@@ -95,3 +95,57 @@ def class_attention_reference(
         mixed = einsum(scores.softmax(dim=-1), values, "b h n, b h n d -> b h d")
         out.append(rearrange(mixed, "b h d -> b (h d)"))
     return torch.stack(out)
+
+
+def span_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    mask: Tensor | None,
+    floor: Tensor | None,
+    num_heads: int,
+    kernel_size: int,
+    mask_padding: bool,
+) -> Tensor:
+    r"""Local self-attention with relative keys, position by position, in the dtype of the query.
+
+    For position y and head j, with o running over the window's offsets,
+
+        attn[o] = softmax_o(query[y, j] . (key[y+o, j] + rel_pos[o, j]))
+        out[y, j] = sum_o m[o] attn[o] value[y+o, j] / sum_o (m[o] + floor[o]) attn[o]
+
+    Keys and values off the map are zero. Offsets of no weight, m + floor = 0, take no part, nor
+    do those off the map if mask_padding. (arXiv:1906.05909, arXiv:2004.08708.) Arguments as in
+    `span_attention`, the query already scaled.
+    """
+    height, width = query.shape[1:3]
+    radius = kernel_size // 2
+    key, value = (torch.nn.functional.pad(x, [0, 0] + 4 * [radius]) for x in (key, value))
+    rel_pos = torch.cat(  # K, C
+        [rel_pos_h[:, dy] + rel_pos_w.T for dy in range(kernel_size)]
+    )
+    weight = torch.ones_like(rel_pos[:, :num_heads]).T if mask is None else mask  # h, K
+    below = weight if floor is None else weight + floor
+    out = torch.empty_like(query)
+    for y in range(height):
+        for x in range(width):
+            window = (slice(None), slice(y, y + kernel_size), slice(x, x + kernel_size))
+            keys = key[window].flatten(1, 2) + rel_pos
+            q, k, v = (
+                rearrange(t, "b o (h d) -> b h o d", h=num_heads)
+                for t in (query[:, y, x, None], keys, value[window].flatten(1, 2))
+            )
+            scores = einsum(q[:, :, 0], k, "b h d, b h o d -> b h o")
+            takes_part = below != 0
+            if mask_padding:
+                rows = torch.arange(y - radius, y + radius + 1, device=query.device)
+                cols = torch.arange(x - radius, x + radius + 1, device=query.device)
+                inside = (rows >= 0) & (rows < height), (cols >= 0) & (cols < width)
+                takes_part = takes_part & (inside[0][:, None] & inside[1]).flatten()
+            attn = scores.masked_fill(~takes_part, float("-inf")).softmax(dim=2)
+            mixed = einsum(attn * weight, v, "b h o, b h o d -> b h d")
+            total = (attn * below).sum(dim=2, keepdim=True)
+            out[:, y, x] = rearrange(mixed / total, "b h d -> b (h d)")
+    return out

@@ -1,0 +1,100 @@
+"""Local self-attention with relative keys and a soft window, for any device, in plain PyTorch.
+
+"Stand-Alone Self-Attention in Vision Models" (arXiv:1906.05909), section 3, with the spans of
+"Adaptive Attention Span in Computer Vision" (arXiv:2004.08708).
+
+Letters: B batch, H W map, C = h*d channels, h heads, d head_dim, k kernel_size, K = k*k offsets in
+row-major order, p = (k-1)/2 radius.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ring_index(kernel_size: int, device: torch.device | None = None) -> Tensor:
+    """Ring of every offset of a window, its distance max(|dy|, |dx|) in pixels: int64 [K]."""
+    steps = (torch.arange(kernel_size, device=device) - kernel_size // 2).abs()
+    return torch.maximum(steps[:, None], steps[None, :]).flatten()
+
+
+def ring_weights(span: Tensor, max_span: int, span_ramp: float, radius: int) -> Tensor:
+    """Weight of every ring for every head: a plateau as wide as the span, then a ramp to zero.
+
+        m_0 = 1,   m_r = clamp((1 - r + span * max_span) / span_ramp + 1, 0, 1)
+
+    The gradient of the clamp is 1 on the closed interval: a span of exactly 0 can grow.
+
+    Args:
+        span: Fractions of max_span [h].
+        max_span: Pixels.
+        span_ramp: Pixels from weight 1 to weight 0.
+        radius: Last ring.
+
+    Returns:
+        [h, radius + 1].
+    """
+    rings = torch.arange(1, radius + 1, device=span.device, dtype=span.dtype)
+    raw = (1.0 - rings + span[:, None] * float(max_span)) / span_ramp + 1.0
+    # where, not clamp: PyTorch versions differ in the gradient that clamp gives at its bounds
+    raw = torch.where(raw < 0.0, torch.zeros_like(raw), raw)
+    raw = torch.where(raw > 1.0, torch.ones_like(raw), raw)
+    return torch.cat([torch.ones_like(span[:, None]), raw], dim=1)
+
+
+def off_map(height: int, width: int, kernel_size: int, device: torch.device | None) -> Tensor:
+    """Whether an offset of a position's window lies in the padding: bool [H, W, K]."""
+    radius = kernel_size // 2
+    on_map = torch.ones(1, 1, height, width, device=device)
+    on_map = F.unfold(on_map, [kernel_size, kernel_size], padding=[radius, radius])
+    return on_map[0].t().reshape(height, width, kernel_size * kernel_size) == 0.0
+
+
+def span_offsets(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    mask: Tensor | None,
+    floor: Tensor | None,
+    num_heads: int,
+    kernel_size: int,
+    mask_padding: bool,
+) -> Tensor:
+    """The function offset by offset; arguments as in `span_attention`, query scaled.
+
+    Differentiable to any order and scriptable; keeps B*h*H*W*K scores and K shifted maps for
+    backward. Computes in the dtype of the query, which all have.
+    """
+    height, width = query.shape[1], query.shape[2]
+    radius = kernel_size // 2
+    query = query.unflatten(3, (num_heads, -1))
+    pad = [0, 0, radius, radius, radius, radius]
+    key = F.pad(key, pad).unflatten(3, (num_heads, -1))
+    value = F.pad(value, pad).unflatten(3, (num_heads, -1))
+    # B, H, W, h, k
+    rows = torch.einsum("byxhd,hdk->byxhk", query, rel_pos_h.unflatten(0, (num_heads, -1)))
+    cols = torch.einsum("byxhd,hdk->byxhk", query, rel_pos_w.unflatten(0, (num_heads, -1)))
+    scores = []
+    for dy in range(kernel_size):
+        for dx in range(kernel_size):
+            seen = key[:, dy : dy + height, dx : dx + width]
+            scores.append((query * seen).sum(dim=4) + rows[..., dy] + cols[..., dx])
+    logits = torch.stack(scores, dim=4)  # B, H, W, h, K
+    if mask_padding:
+        outside = off_map(height, width, kernel_size, query.device)
+        logits = logits.masked_fill(outside[None, :, :, None], float("-inf"))
+    if mask is None:
+        attn = logits.softmax(dim=4)
+    else:
+        total = mask if floor is None else mask + floor
+        logits = logits.masked_fill(total == 0.0, float("-inf"))
+        exps = (logits - logits.detach().amax(dim=4, keepdim=True)).exp()
+        attn = exps * mask / (exps * total).sum(dim=4, keepdim=True)
+    out = torch.zeros_like(query)
+    for dy in range(kernel_size):
+        for dx in range(kernel_size):
+            seen = value[:, dy : dy + height, dx : dx + width]
+            out = out + attn[..., dy * kernel_size + dx, None] * seen
+    return out.flatten(3)
