@@ -29,8 +29,10 @@ import qna_timm  # noqa: F401  (registers its models)
 from qna_timm.training import curves, report, resume
 from qna_timm.training.data import set_epoch
 from qna_timm.training.distributed import decide_on_primary, join_processes, leave_processes
+from qna_timm.training.early_stop import stops_early
 from qna_timm.training.errors import run_cli
 from qna_timm.training.evaluation import evaluate
+from qna_timm.training.holdout import check_same_holdout
 from qna_timm.training.logs import RunLog
 from qna_timm.training.loop import num_updates
 from qna_timm.training.optim import current_lr
@@ -125,6 +127,8 @@ def train(
         run.draws = curves.can_draw()
     try:
         for epoch in range(start, stop):
+            if stops_early(args, rows):
+                break
             rows.append(train_and_evaluate(run, epoch, last=epoch + 1 == stop))
             with signals.held():
                 save(run, epoch, saver, rows)
@@ -150,6 +154,7 @@ def find_start(
     args, schedule = run.args, run.trainer.schedule
     start, rows = 0, []
     if state is not None:
+        check_same_holdout(args, state["args"], state_path)
         resume.restore(run.trainer, state, state_path, with_optimizer=not args.no_resume_opt)
         start, rows = state["epochs_done"], list(state["rows"])
         _logger.info("resumed %s after %d epochs", state_path, start)

@@ -344,7 +344,7 @@ def describe(
     model_args.pop("backbone_pretrained", None)
     dataset_keys = (
         "dataset", "train_split", "val_split", "class_map", "input_img_mode",
-        "input_key", "target_key", "val_num_samples",
+        "input_key", "target_key", "val_num_samples", "val_fraction", "val_seed",
     )  # fmt: skip
     return {
         "arch": model.pretrained_cfg.get("architecture", args.model),

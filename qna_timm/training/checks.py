@@ -19,12 +19,15 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from qna_timm.training.checkpoint import WEIGHTS_SUFFIXES, find_weights
 from qna_timm.training.errors import UsageError, closest
 from qna_timm.training.flags import FlagTable, all_flags
+from qna_timm.training.holdout import check_holdout_flags, check_holdout_split
 from qna_timm.training.names import (
+    TINY_IMAGENET,
     check_dataset_name,
     check_model_name,
     expand_model_names,
     resolve_model,
 )
+from qna_timm.training.padded_crop import check_crop_flags
 
 Origins = Mapping[str, str]
 """Where a setting came from, by key: "--lr" or "FILE: key 'lr'"; begins an error message."""
@@ -115,7 +118,7 @@ def _check_data_dir(args: Namespace, origins: Origins) -> None:
                 f"{origins['dataset']}: a dataset of folders needs --data-dir; "
                 "for the built-in one give --dataset sklearn/digits"
             )
-        if kind == "torch":
+        if kind in ("torch", TINY_IMAGENET):
             raise UsageError(f"--data-dir: '{args.dataset}' needs a folder to be in")
         return
     if kind == "sklearn":
@@ -124,7 +127,7 @@ def _check_data_dir(args: Namespace, origins: Origins) -> None:
             "in; give --dataset '' too for a dataset of folders"
         )
     # A set that is downloaded makes its own folder, and the other kinds may name an address.
-    if kind == "" or (kind == "torch" and not args.dataset_download):
+    if kind in ("", TINY_IMAGENET) or (kind == "torch" and not args.dataset_download):
         _check_path(args, origins, "data_dir")
 
 
@@ -313,6 +316,8 @@ def check_train_values(args: Namespace, origins: Origins, table: FlagTable) -> N
     _check_data_dir(args, origins)
     _check_input(args, origins)
     _check_ordered_pairs(args, origins)
+    check_holdout_flags(args, origins)
+    check_crop_flags(args, origins)
     _check_mixing(args, origins)
     _check_loss(args, origins)
     _check_run(args, origins)
@@ -336,6 +341,7 @@ def check_validate_values(args: Namespace, origins: Origins, table: FlagTable) -
     check_dataset_name(args.dataset, origins["dataset"])
     _check_data_dir(args, origins)
     _check_input(args, origins)
+    check_holdout_split(args, origins)
     for key in ("checkpoint", "real_labels", "valid_labels"):
         _check_path(args, origins, key)
     suffix = Path(args.results_file).suffix.removeprefix(".").lower()

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch.distributed as dist
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
 from qna_timm.training.digits import Digits
 from qna_timm.training.errors import UsageError, closest
+from qna_timm.training.holdout import hold_out
 from qna_timm.training.image_loader import ImageLoader, process_place
 from qna_timm.training.loaders import (
     create_eval_loader,
@@ -29,8 +30,9 @@ from qna_timm.training.loaders import (
     set_epoch,
     uses_prefetcher,
 )
-from qna_timm.training.names import check_dataset_name
+from qna_timm.training.names import TINY_IMAGENET, check_dataset_name
 from qna_timm.training.splits import find_split, is_train_split, split_flag
+from qna_timm.training.tiny_imagenet import TinyImageNetReader
 from qna_timm.training.views import ImageView, class_names_of, use_class_names
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "dataset_classes",
     "open_dataset",
     "open_datasets",
+    "open_holdout",
     "set_epoch",
     "uses_prefetcher",
 ]
@@ -61,8 +64,7 @@ _READER_MODULES = {
 
 
 def _prefix(name: str) -> str:
-    prefix, slash, _ = name.partition("/")
-    return prefix.lower() if slash else ""
+    return name.partition("/")[0].lower()
 
 
 def _image_mode(args: argparse.Namespace) -> str:
@@ -139,8 +141,13 @@ def _open_digits(args: argparse.Namespace, split: str, is_training: bool) -> Ima
     return ImageView(digits, _image_mode(args), class_names=digits.classes)
 
 
+def _torch_name(args: argparse.Namespace) -> str:
+    """torchvision's name of the dataset; empty for another kind."""
+    return args.dataset.split("/", 2)[-1].lower() if _prefix(args.dataset) == "torch" else ""
+
+
 def _open_torch(args: argparse.Namespace, split: str, is_training: bool) -> ImageView:
-    name = args.dataset.split("/", 2)[-1].lower()
+    name = _torch_name(args)
     if not args.data_dir:
         raise UsageError(f"--dataset {args.dataset} needs --data-dir, the folder it is kept in")
     root = args.data_dir
@@ -166,11 +173,21 @@ def _open_folder(args: argparse.Namespace, split: str, is_training: bool) -> Dat
             f"for example {root}/cat and {root}/dog"
         )
     if isinstance(dataset.reader, ReaderImageFolder):
+        _refuse_tiny_imagenet(root, dataset)
         folders = {os.path.dirname(path) for path, _ in dataset.reader.samples}
         _report_merged_classes(folders)
         if is_training:
             _report_passed_over(root, folders)
     return dataset
+
+
+def _refuse_tiny_imagenet(root: str, dataset: ImageDataset) -> None:
+    """Its archive keeps every image in a folder `images`, which timm would take for the class."""
+    if class_names_of(dataset) == ["images"]:
+        raise UsageError(
+            f"{root}: every image lies in a folder 'images', which would be the only class; "
+            f"--dataset {TINY_IMAGENET} reads TinyImageNet as it unpacks"
+        )
 
 
 def _report_merged_classes(folders: Iterable[str]) -> None:
@@ -231,7 +248,28 @@ def _limited(dataset: Dataset, num_samples: int | None) -> Dataset:
     return ImageView(dataset, mode, indices=indices, class_names=class_names_of(dataset))
 
 
-_OPENERS = {"": _open_folder, "sklearn": _open_digits, "torch": _open_torch}
+def _open_tiny_imagenet(args: argparse.Namespace, split: str, is_training: bool) -> ImageDataset:
+    flag = split_flag(args, is_training)
+    if split == "test":
+        raise UsageError(
+            f"{flag} 'test': TinyImageNet's test images have no labels; 'validation' has"
+        )
+    for key in ("class_map", "input_key", "target_key"):
+        if getattr(args, key):
+            name = key.replace("_", "-")
+            raise UsageError(f"--{name}: is not for --dataset {TINY_IMAGENET}, which has its own")
+    reader = TinyImageNetReader(args.data_dir, is_train_split(split, flag))
+    dataset = ImageDataset(args.data_dir, reader=reader, input_img_mode=_image_mode(args))
+    dataset.class_names = reader.class_names
+    return dataset
+
+
+_OPENERS = {
+    "": _open_folder,
+    "sklearn": _open_digits,
+    TINY_IMAGENET: _open_tiny_imagenet,
+    "torch": _open_torch,
+}
 
 
 def open_dataset(
@@ -254,26 +292,69 @@ def open_dataset(
         UsageError: unknown dataset, missing folder or split, no images, missing package, not
             downloaded, or a class that is not among `class_names`.
     """
-    check_dataset_name(args.dataset)
-    dataset = _OPENERS.get(_prefix(args.dataset), _open_reader)(args, split, is_training)
+    dataset = _open_whole(args, split, is_training)
     if not isinstance(dataset, IterableDataset):
         dataset = _limited(dataset, _num_samples(args, is_training))
-        if not len(dataset):
-            raise UsageError(f"{split_flag(args, is_training)} {split!r} holds no samples")
     if class_names is not None:
         use_class_names(dataset, class_names, f"split {split!r}")
     return dataset
 
 
+def _open_whole(args: argparse.Namespace, split: str, is_training: bool) -> Dataset:
+    check_dataset_name(args.dataset)
+    dataset = _OPENERS.get(_prefix(args.dataset), _open_reader)(args, split, is_training)
+    if not isinstance(dataset, IterableDataset) and not len(dataset):
+        raise UsageError(f"{split_flag(args, is_training)} {split!r} holds no samples")
+    return dataset
+
+
 def open_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """Opens the training and the validation split with the labels of the training split.
+    """Opens the training and the validation images with the labels of the training split.
+
+    With `--val-fraction` both are parts of the training split, and no other split is opened.
 
     Raises:
-        UsageError: as `open_dataset`; also when validation has a class that training lacks.
+        UsageError: as `open_dataset`; also when validation has a class that training lacks, or
+            nothing can be held out.
     """
+    if args.val_fraction is not None:
+        whole = _open_whole(args, args.train_split, True)
+        train, held_out = hold_out(whole, args.val_fraction, args.val_seed)
+        _logger.info(
+            "validating on %d of the %d images of split %r (--val-fraction %g, --val-seed %d)",
+            len(held_out), len(whole), args.train_split, args.val_fraction, args.val_seed,
+        )  # fmt: skip
+        train = _limited(train, _num_samples(args, True))
+        return train, _limited(held_out, _num_samples(args, False))
+    if _torch_name(args) in _TORCH_TWO_SPLITS:
+        _logger.info(
+            "%s has no validation part: epochs are judged by its test part (--val-fraction 0.1 "
+            "leaves that to validate.py)",
+            args.dataset,
+        )
     train = open_dataset(args, args.train_split, True)
     names = class_names_of(train)
     return train, open_dataset(args, args.val_split, False, class_names=names)
+
+
+def open_holdout(
+    args: argparse.Namespace, train_split: str, *, class_names: Sequence[str] | None = None
+) -> Dataset:
+    """Opens what a run with `args.val_fraction` and `args.val_seed` held out.
+
+    Args:
+        args: timm's dataset flags of validate.py.
+        train_split: Name of the run's training split.
+        class_names: As for `open_dataset`.
+
+    Raises:
+        UsageError: as `open_dataset`; also when nothing can be held out.
+    """
+    whole = _open_whole(args, train_split, False)
+    dataset = _limited(hold_out(whole, args.val_fraction, args.val_seed)[1], args.num_samples)
+    if class_names is not None:
+        use_class_names(dataset, class_names, f"split {train_split!r}")
+    return dataset
 
 
 def dataset_classes(dataset: Dataset) -> tuple[int | None, list[str] | None]:

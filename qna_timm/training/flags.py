@@ -32,6 +32,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 POSITIVE = Rule("positive", lambda value: value > 0)
 NOT_NEGATIVE = Rule("zero or more", lambda value: value >= 0)
 PROBABILITY = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
+INSIDE_ZERO_ONE = Rule("above 0 and below 1", lambda value: 0 < value < 1)
+NUMPY_SEED = Rule("between 0 and 4294967295", lambda value: 0 <= value < 2**32)
 BELOW_ONE = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 

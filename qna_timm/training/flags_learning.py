@@ -8,6 +8,7 @@ from qna_timm.training.flags import (
     PROBABILITY,
     Flag,
 )
+from qna_timm.training.padded_crop import DEFAULT_PADDING, PADDED
 
 OPTIMIZER_FLAGS = (
     Flag("--opt", str, "sgd", "Optimizer of timm, such as adamw, sgd, lamb or lookahead_adamw."),
@@ -115,6 +116,14 @@ SCHEDULE_FLAGS = (
         rule=POSITIVE,
     ),
     Flag(
+        "--early-stop-epochs",
+        int,
+        None,
+        "Stop once --eval-metric has not got better for more than this many epochs; 0 for never "
+        "(not in timm).",
+        rule=NOT_NEGATIVE,
+    ),
+    Flag(
         "--decay-milestones",
         int,
         [90, 180, 270],
@@ -149,8 +158,17 @@ AUGMENTATION_FLAGS = (
         "--train-crop-mode",
         str,
         None,
-        "Crop: random resized, or keeping the ratio with centre or random position.",
-        choices=("rrc", "rkrc", "rkrr"),
+        "Crop: random resized, keeping the ratio with centre or random position, or (not in timm) "
+        "of the image with zeros around it, for small images.",
+        choices=("rrc", "rkrc", "rkrr", PADDED),
+    ),
+    Flag(
+        "--crop-padding",
+        int,
+        None,
+        f"Pixels of zeros on each side for the padded crop; {DEFAULT_PADDING} when not given (not "
+        "in timm).",
+        rule=NOT_NEGATIVE,
     ),
     Flag(
         "--scale",

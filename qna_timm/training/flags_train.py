@@ -3,7 +3,15 @@
 Where a default or meaning differs from timm's, the help says so.
 """
 
-from qna_timm.training.flags import DTYPES, INTERPOLATIONS, NOT_NEGATIVE, POSITIVE, Flag
+from qna_timm.training.flags import (
+    DTYPES,
+    INSIDE_ZERO_ONE,
+    INTERPOLATIONS,
+    NOT_NEGATIVE,
+    NUMPY_SEED,
+    POSITIVE,
+    Flag,
+)
 from qna_timm.training.flags_learning import (
     AUGMENTATION_FLAGS,
     BATCH_NORM_FLAGS,
@@ -13,6 +21,7 @@ from qna_timm.training.flags_learning import (
     SCHEDULE_FLAGS,
 )
 from qna_timm.training.flags_refused import REFUSED_FLAGS
+from qna_timm.training.holdout import DEFAULT_SEED
 
 METRICS = ("top1", "top5", "loss")
 
@@ -41,10 +50,27 @@ _DATASET = (
         str,
         "",
         "Kind and name, KIND/NAME with KIND torch, hfds, hfids, tfds or wds; empty for a folder or "
-        "tar file; sklearn/digits (not in timm) is built in and used when no data is named.",
+        "tar file; tiny_imagenet (not in timm) for that archive as it unpacks; sklearn/digits (not "
+        "in timm) is built in and used when no data is named.",
     ),
     Flag("--train-split", str, "train", "Name of the training split."),
     Flag("--val-split", str, "validation", "Name of the validation split."),
+    Flag(
+        "--val-fraction",
+        float,
+        None,
+        "Validate on this random share of the training split, which is not trained on, and leave "
+        "the validation split alone (not in timm).",
+        rule=INSIDE_ZERO_ONE,
+    ),
+    Flag(
+        "--val-seed",
+        int,
+        None,
+        f"Seed that chooses that share; {DEFAULT_SEED} when not given, whatever --seed is (not in "
+        "timm).",
+        rule=NUMPY_SEED,
+    ),
     Flag("--train-num-samples", int, None, "Training images of a streamed set.", rule=POSITIVE),
     Flag("--val-num-samples", int, None, "Validation images of a streamed set.", rule=POSITIVE),
     Flag("--dataset-download", bool, False, "Download the set if it is not there."),

@@ -1,6 +1,15 @@
 """Every flag of validate.py: timm's names, aliases, meanings and defaults, and a few of ours."""
 
-from qna_timm.training.flags import DTYPES, INTERPOLATIONS, NOT_NEGATIVE, POSITIVE, Flag
+from qna_timm.training.flags import (
+    DTYPES,
+    INSIDE_ZERO_ONE,
+    INTERPOLATIONS,
+    NOT_NEGATIVE,
+    NUMPY_SEED,
+    POSITIVE,
+    Flag,
+)
+from qna_timm.training.holdout import HOLDOUT_SPLIT
 
 _NO_NAFLEX = "NaFlex loading (variable aspect and length) is not supported"
 _NO_MULTILABEL = "multi-label evaluation is not supported: validate with timm's own script for it"
@@ -13,9 +22,30 @@ _DATASET = (
         str,
         "",
         "Kind and name, KIND/NAME with KIND torch, hfds, hfids, tfds or "
-        "wds; empty for a folder or tar file; sklearn/digits is built in (not in timm).",
+        "wds; empty for a folder or tar file; tiny_imagenet and sklearn/digits (not in timm).",
     ),
-    Flag("--split", str, "validation", "Name of the split."),
+    Flag(
+        "--split",
+        str,
+        "validation",
+        f"Name of the split; {HOLDOUT_SPLIT} (not in timm) is what train.py's --val-fraction held "
+        "out.",
+    ),
+    Flag(
+        "--val-fraction",
+        float,
+        None,
+        f"Share that was held out, for --split {HOLDOUT_SPLIT}; the run's when not given (not in "
+        "timm).",
+        rule=INSIDE_ZERO_ONE,
+    ),
+    Flag(
+        "--val-seed",
+        int,
+        None,
+        "Seed that chose it; the run's when not given (not in timm).",
+        rule=NUMPY_SEED,
+    ),
     Flag("--num-samples", int, None, "Images of a streamed set.", rule=POSITIVE),
     Flag("--dataset-download", bool, False, "Download the set if it is not there."),
     Flag("--class-map", str, "", "Text file with one class name per line, in the order of labels."),

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from qna_timm.training.collate import SplitCollate
 from qna_timm.training.errors import UsageError
 from qna_timm.training.image_loader import ImageLoader, process_place
+from qna_timm.training.padded_crop import PADDED, use_padded_crop
 from qna_timm.training.posterize import mend_posterize
 from qna_timm.training.sampling import EpochSampler, KeyedCollate, KeyedDataset
 
@@ -120,6 +121,10 @@ def _build(dataset: Dataset, args: argparse.Namespace, **kwargs: Any) -> Any:
         ) from error
 
 
+def _crops_padded(args: argparse.Namespace) -> bool:
+    return args.train_crop_mode == PADDED and not args.no_aug
+
+
 def _train_kwargs(args: argparse.Namespace, data_config: Mapping[str, Any]) -> dict[str, Any]:
     """timm's names for what our flags say about training images."""
     interpolation = args.train_interpolation
@@ -131,7 +136,7 @@ def _train_kwargs(args: argparse.Namespace, data_config: Mapping[str, Any]) -> d
         "re_mode": args.remode,
         "re_count": args.recount,
         "re_split": args.resplit,
-        "train_crop_mode": args.train_crop_mode,
+        "train_crop_mode": None if _crops_padded(args) else args.train_crop_mode,
         "scale": args.scale,
         "ratio": args.ratio,
         "hflip": args.hflip,
@@ -254,6 +259,13 @@ def create_train_loader(
         **kwargs,
     )
     inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
+    if _crops_padded(args):
+        use_padded_crop(
+            inner.dataset,
+            data_config["input_size"][1:],
+            args.crop_padding,
+            kwargs["interpolation"],
+        )
     mend_posterize(inner.dataset)
     changes: dict[str, Any] = {"multi_epochs": args.use_multi_epochs_loader}
     if sampler is not None:

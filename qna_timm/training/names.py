@@ -25,6 +25,9 @@ TORCH_DATASETS = (
 )
 """What timm's factory knows of torchvision, after `torch/`."""
 
+TINY_IMAGENET = "tiny_imagenet"
+"""TinyImageNet as its archive unpacks."""
+
 _DATASET_KINDS = ("torch", "hfds", "hfids", "tfds", "wds", "sklearn")
 _REMOTE_MODELS = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -153,13 +156,15 @@ def check_dataset_name(name: str, where: str = "--dataset") -> None:
         return
     kind, _, rest = name.partition("/")
     kind = kind.lower()
-    known = ["sklearn/digits", *(f"torch/{dataset}" for dataset in TORCH_DATASETS)]
+    known = ["sklearn/digits", TINY_IMAGENET, *(f"torch/{dataset}" for dataset in TORCH_DATASETS)]
+    if name.lower() == TINY_IMAGENET:
+        return
     near = closest(name, known) or closest(rest or name, known)
     if kind not in _DATASET_KINDS or not rest:
         kinds = ", ".join(f"{valid}/NAME" for valid in _DATASET_KINDS[:-1])
         raise UsageError(
-            f"{where}: unknown dataset '{name}', expected sklearn/digits, {kinds}, "
-            f"or nothing for a folder{near}"
+            f"{where}: unknown dataset '{name}', expected sklearn/digits, {TINY_IMAGENET}, "
+            f"{kinds}, or nothing for a folder{near}"
         )
     if kind in ("torch", "sklearn") and name.lower() not in known:
         raise UsageError(f"{where}: unknown dataset '{name}'{near}")

@@ -25,9 +25,10 @@ from qna_timm.training.checkpoint import (
     load_weights,
     read_metadata,
 )
-from qna_timm.training.data import dataset_classes, open_dataset
+from qna_timm.training.data import dataset_classes, open_dataset, open_holdout
 from qna_timm.training.errors import UsageError
 from qna_timm.training.gramian_task import has_branches
+from qna_timm.training.holdout import HOLDOUT_SPLIT, take_holdout
 from qna_timm.training.names import expand_model_names, model_label, resolve_model
 
 _logger = logging.getLogger(__name__)
@@ -129,6 +130,7 @@ def settings_for(
         if key not in given and key in preprocessing:
             setattr(settings, key, preprocessing[key])
     _take_data(settings, metadata.get("dataset", {}))
+    take_holdout(settings, metadata.get("dataset", {}))
     return settings, metadata
 
 
@@ -157,6 +159,8 @@ def _take_data(settings: argparse.Namespace, saved: Mapping[str, Any]) -> None:
         settings.num_samples = saved.get("val_num_samples")
     what = " in ".join(filter(None, (settings.dataset, settings.data_dir)))
     _logger.info("no data named: using the checkpoint's, %s, split %s", what, settings.split)
+    if saved.get("val_fraction") and settings.split != HOLDOUT_SPLIT:
+        _logger.info("its run was validated on --split %s instead", HOLDOUT_SPLIT)
 
 
 def _has_published_weights(name: str) -> bool:
@@ -268,7 +272,11 @@ def open_labelled(
     """
     user_says = "class_map" in settings.given or settings.valid_labels
     trained_names = None if user_says else metadata.get("class_names")
-    dataset = open_dataset(settings, settings.split, False, class_names=trained_names)
+    if settings.split == HOLDOUT_SPLIT:
+        train_split = metadata.get("dataset", {}).get("train_split", "train")
+        dataset = open_holdout(settings, train_split, class_names=trained_names)
+    else:
+        dataset = open_dataset(settings, settings.split, False, class_names=trained_names)
     return dataset, trained_names or dataset_classes(dataset)[1]
 
 
