@@ -41,6 +41,7 @@ from qna_timm.training.recipe import as_yaml_dict, parse_train_args
 from qna_timm.training.run import Run, set_up, with_views
 from qna_timm.training.saver import EMA, Saver
 from qna_timm.training.signals import Stopped, StopSignals
+from qna_timm.training.span_report import SPAN_CURVES_NAME, span_lines, write_spans
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 
@@ -192,7 +193,10 @@ def train_and_evaluate(run: Run, epoch: int, last: bool) -> dict[str, Any]:
         trainer.schedule.step(epoch + 1, evaluated.get(args.eval_metric))
     metrics = report.metrics_text({"training loss": losses["loss"], **evaluated})
     _logger.info("epoch %s: %s, lr %.3g, %.1f s", label, metrics, lr, time.perf_counter() - began)
-    return report.summary_row(epoch, losses, evaluated, lr)
+    spans = task.spans()
+    for line in span_lines(spans):
+        _logger.info("epoch %s: %s", label, line)
+    return report.summary_row(epoch, losses, evaluated, lr, spans)
 
 
 def evaluate_model(run: Run, ema: bool) -> dict[str, float]:
@@ -227,6 +231,7 @@ def save(run: Run, epoch: int, saver: Saver, rows: list[dict[str, Any]]) -> None
         report.write_summary(saver.folder, rows)
         if run.draws:
             curves.draw_curves(rows, saver.folder / report.CURVES_NAME, saver.folder.name)
+        write_spans(saver.folder, rows, saver.folder.name if run.draws else None)
     state = resume.collect_state(
         run.trainer,
         epoch + 1,
@@ -250,9 +255,9 @@ def conclude(args: argparse.Namespace, saver: Saver, rows: list[dict[str, Any]])
             "best %s%s: %.4g in epoch %d",
             args.eval_metric, averaged, best["metric"], best["epoch"] + 1,
         )  # fmt: skip
-    picture = saver.folder / report.CURVES_NAME
-    if picture.is_file():
-        _logger.info("curves: %s", picture)
+    for what, name in (("curves", report.CURVES_NAME), ("spans", SPAN_CURVES_NAME)):
+        if (picture := saver.folder / name).is_file():
+            _logger.info("%s: %s", what, picture)
     _logger.info("to validate: %s --checkpoint %s", validate_command(), saver.best_file())
     print(f"--result\n{json.dumps({'best': saver.best, 'last': rows[-1] if rows else {}})}")
 

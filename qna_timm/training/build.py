@@ -30,6 +30,7 @@ from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
 from qna_timm.training.gramian_task import has_branches
 from qna_timm.training.names import model_label
+from qna_timm.training.span_task import has_spans
 from qna_timm.training.task import classifier_layers
 
 _logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
         set_fast_norm()
     model = _create(args, num_classes)
     _check_branches(args, model)
+    _check_spans(args, model)
     if args.backbone_checkpoint:
         load_backbone(model, args.backbone_checkpoint)
     if args.pretrained_path:
@@ -121,6 +123,26 @@ def _check_branches(args: argparse.Namespace, model: nn.Module) -> None:
         raise UsageError(
             f"--torchscript: a scripted {args.model} returns the mean of its branches alone, but"
             " each is trained for itself; --torchcompile works"
+        )
+
+
+def _check_spans(args: argparse.Namespace, model: nn.Module) -> None:
+    """See that flags about learned windows meet a model that has them, and the reverse."""
+    learned = has_spans(model)
+    if args.span_penalty and not learned:
+        raise UsageError(
+            f"--span-penalty {args.span_penalty:g}: {args.model} learns no windows"
+            " (the sa_resnet_*_adaptive models do)"
+        )
+    if learned and has_branches(model):
+        raise UsageError(
+            f"--model {args.model}: learned windows under Gramian heads have no common objective;"
+            " take the backbone alone, or one with fixed windows"
+        )
+    if learned and args.torchscript:
+        raise UsageError(
+            f"--torchscript: the learned windows of a scripted {args.model} are out of reach of"
+            " their penalty and bounds; --torchcompile works"
         )
 
 

@@ -286,6 +286,14 @@ LOSS_FLAGS = (
         "Weight of the decorrelation of branches, negative to drive them apart; for models with "
         "Gramian heads (not in timm).",
     ),
+    Flag(
+        "--span-penalty",
+        float,
+        None,
+        "Weight of the sum of learned spans, fractions of their maximum, over layers and heads; "
+        "0.001 for models with learned windows when not given (not in timm).",
+        rule=NOT_NEGATIVE,
+    ),
 )
 
 BATCH_NORM_FLAGS = (

@@ -24,6 +24,7 @@ from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
 from qna_timm.training.names import model_label
 from qna_timm.training.resume import STATE_NAME, find_state
+from qna_timm.training.span_report import span_scalars
 
 ARGS_NAME = "args.yaml"
 SUMMARY_NAME = "summary.csv"
@@ -201,6 +202,7 @@ def summary_row(
     train: Mapping[str, float],
     evaluated: Mapping[str, float],
     lr: float,
+    spans: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """One epoch's row of the summary, in timm's columns.
 
@@ -209,12 +211,15 @@ def summary_row(
         train: Means over the epoch (``train_`` columns).
         evaluated: The model's metrics and, ending in ``_ema``, the averaged model's (``eval_``).
         lr: Learning rate at the epoch's end.
+        spans: Learned windows by layer, kept under ``spans`` if there are any: they have a table
+            of their own, see `span_report`.
     """
     return {
         "epoch": epoch,
         **{f"train_{name}": value for name, value in train.items()},
         **{f"eval_{name}": value for name, value in evaluated.items()},
         "lr": lr,
+        **({"spans": dict(spans)} if spans else {}),
     }
 
 
@@ -232,12 +237,14 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
 
 def write_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write summary.csv whole; epochs without evaluation leave their columns empty."""
-    columns = dict.fromkeys(key for row in rows for key in row if key != "lr")
+    columns = dict.fromkeys(key for row in rows for key in row if key not in ("lr", "spans"))
     with (
         replacing(folder / SUMMARY_NAME) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.DictWriter(file, [*columns, "lr"], lineterminator="\n")
+        writer = csv.DictWriter(
+            file, [*columns, "lr"], extrasaction="ignore", lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(rows)
 
@@ -278,13 +285,17 @@ class Trackers:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log one row of the summary."""
+        row = dict(row)
+        spans = span_scalars(row.pop("spans", {}))
         if self._board is not None:
             for key, value in row.items():
                 if key != "epoch":
                     self._board.add_scalar(key.replace("_", "/", 1), value, row["epoch"])
+            for key, value in spans.items():
+                self._board.add_scalar(key, value, row["epoch"])
             self._board.flush()
         if self._wandb is not None:
-            self._wandb.log(dict(row))
+            self._wandb.log({**row, **spans})
 
     def close(self) -> None:
         """Finish writing."""

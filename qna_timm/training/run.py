@@ -33,6 +33,7 @@ from qna_timm.training.gramian_task import GramianTask, has_branches
 from qna_timm.training.loop import Precision, Trainer, num_updates
 from qna_timm.training.names import model_label
 from qna_timm.training.optim import create_optimizer, create_schedule, learning_rate
+from qna_timm.training.span_task import DEFAULT_PENALTY, SpanTask, has_spans
 from qna_timm.training.task import TrainTask, create_loss, create_mixup
 from qna_timm.training.tta import AveragedViews
 
@@ -131,6 +132,9 @@ def build_task(args: argparse.Namespace, model: nn.Module, processes: Processes)
     loss, common = create_loss(args), {"device": processes.device, "verbose": False}
     if has_branches(model):
         task: TrainTask = GramianTask(model, loss, ga_lam=args.ga_lam, **common)
+    elif has_spans(model):
+        penalty = DEFAULT_PENALTY if args.span_penalty is None else args.span_penalty
+        task = SpanTask(model, loss, span_penalty=penalty, **common)
     else:
         task = TrainTask(model, loss, **common)
     if args.model_ema and (processes.is_primary or not args.model_ema_force_cpu):
@@ -194,6 +198,9 @@ def _announce_arithmetic(run: Run, updates: int, lr_text: str) -> None:
         run.epochs,
         lr_text,
     )
+    if isinstance(task := run.trainer.task, SpanTask):
+        layers, penalty = len(task.span_layers), task.span_penalty
+        _logger.info("learned windows in %d layers, span penalty %g", layers, penalty)
 
 
 def _count(dataset: Dataset) -> str:

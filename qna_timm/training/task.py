@@ -60,6 +60,10 @@ class TrainTask(ClassificationTask):
         """Fresh counts for one evaluation of a model that returns its branches; None for others."""
         return None
 
+    def spans(self) -> dict[str, dict[str, Any]]:
+        """Learned windows by layer, as the summary's rows keep them; models mostly have none."""
+        return {}
+
     def post_step(self) -> None:
         """Called after every update that changed the weights, before they are averaged."""
 

@@ -1,0 +1,137 @@
+"""What a run says of learned windows: lines in the log, a table, a picture, scalars to track.
+
+All of it is read from the ``spans`` of the summary's rows, see `SpanTask.spans`; these are part of
+the saved state, so that a resumed run goes on with the table and picture of the first.
+"""
+
+import csv
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qna_timm.training.checkpoint import replacing
+
+SPANS_NAME = "spans.csv"
+SPAN_CURVES_NAME = "spans.png"
+_COLUMNS = ("epoch", "layer", "head", "span_px", "kernel")
+_HEAD_COLOURS = (
+    "#1f6fb4",
+    "#d9772b",
+    "#3c8d5a",
+    "#8c5aa8",
+    "#b4483f",
+    "#2a9d9d",
+    "#8f7a2a",
+    "#c25f9a",
+)
+_RADIUS_COLOUR = "#8a8f98"
+_MAX_PANELS_ACROSS = 5
+
+
+def span_lines(spans: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each layer: ``layers.0.0.attn: spans 0.50 1.23 0.00 3.10 px, kernel 11``."""
+    for name, layer in spans.items():
+        pixels = " ".join(f"{value:.2f}" for value in layer["span_px"])
+        yield f"{name}: spans {pixels} px, kernel {layer['kernel']}"
+
+
+def span_scalars(spans: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Spans and kernels under one name each: ``span_px/LAYER/head_0``, ``span_kernel/LAYER``."""
+    scalars: dict[str, float] = {}
+    for name, layer in spans.items():
+        for head, pixels in enumerate(layer["span_px"]):
+            scalars[f"span_px/{name}/head_{head}"] = pixels
+        scalars[f"span_kernel/{name}"] = layer["kernel"]
+    return scalars
+
+
+def write_spans(folder: Path, rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
+    """Write spans.csv and, if there is a title, spans.png; nothing of models without spans.
+
+    Args:
+        folder: The run folder.
+        rows: Rows of the summary, one per epoch.
+        title: Shown above the picture; None where nothing can be drawn.
+    """
+    rows = [row for row in rows if row.get("spans")]
+    if not rows:
+        return
+    with (
+        replacing(folder / SPANS_NAME) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for row in rows:
+            for name, layer in row["spans"].items():
+                for head, pixels in enumerate(layer["span_px"]):
+                    writer.writerow((row["epoch"], name, head, pixels, layer["kernel"]))
+    if title is not None:
+        draw_spans(rows, folder / SPAN_CURVES_NAME, title)
+
+
+def draw_spans(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw spans against epochs as a PNG: a panel for each layer, a line for each head.
+
+    A dashed step shows the running radius, (kernel - 1) / 2, which is that of the widest head with
+    its ramp.
+
+    Args:
+        rows: Rows of the summary, all with ``spans``.
+        path: Ends in ``.png``; written atomically.
+        title: Shown above.
+    """
+    names = list(rows[-1]["spans"])
+    down = -(-len(names) // _MAX_PANELS_ACROSS)
+    across = -(-len(names) // down)
+    # The figure alone, without pyplot: no window system, no global state.
+    figure = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(max(6, 3.2 * across), 0.9 + 2.8 * down), layout="constrained"
+    )
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(panels, names, strict=False):
+        _draw_layer(axes, name, [row for row in rows if name in row["spans"]])
+    panels[0].set_ylim(bottom=-0.1)
+    for axes in panels[::across]:
+        axes.set_ylabel("pixels")
+    for axes in panels[max(0, len(names) - across) : len(names)]:
+        axes.set_xlabel("epoch")
+        axes.tick_params(labelbottom=True)
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        lines, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9
+    )
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def _draw_layer(axes: Any, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One panel; epochs count from 1 here, as people do."""
+    ticker = importlib.import_module("matplotlib.ticker")
+    layers = [row["spans"][name] for row in rows]
+    epochs = [row["epoch"] + 1 for row in rows]
+    marker = "o" if len(rows) == 1 else ""
+    radii = [(layer["kernel"] - 1) // 2 for layer in layers]
+    axes.step(
+        epochs,
+        radii,
+        "--",
+        where="mid",
+        marker=marker,
+        color=_RADIUS_COLOUR,
+        label="running radius",
+        linewidth=1.2,
+    )
+    for head in range(len(layers[-1]["span_px"])):
+        colour = _HEAD_COLOURS[head % len(_HEAD_COLOURS)]
+        pixels = [layer["span_px"][head] for layer in layers]
+        label = f"span, head {head}"
+        axes.plot(epochs, pixels, marker=marker, color=colour, label=label, linewidth=1.6)
+    axes.set_title(f"{name}, kernel {layers[-1]['kernel']}", fontsize=9)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
