@@ -142,10 +142,10 @@ def check_same_holdout(
     )
     if now != was:
         raise UsageError(
-            f"--val-fraction: {state_path} {_told(*was)}, this run {_told(*now)}; a resumed run "
+            f"--val-fraction: {state_path} has {_told(*was)}, this run {_told(*now)}; a resumed run "
             "keeps its split (--initial-checkpoint starts a new one from the weights)"
         )
 
 
 def _told(fraction: float | None, seed: int | None) -> str:
-    return "held out nothing" if fraction is None else f"held out {fraction:g} by seed {seed}"
+    return "nothing held out" if fraction is None else f"{fraction:g} held out by seed {seed}"
