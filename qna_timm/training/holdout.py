@@ -142,8 +142,8 @@ def check_same_holdout(
     )
     if now != was:
         raise UsageError(
-            f"--val-fraction: {state_path} has {_told(*was)}, this run {_told(*now)}; a resumed run "
-            "keeps its split (--initial-checkpoint starts a new one from the weights)"
+            f"--val-fraction: {state_path} has {_told(*was)}, this run {_told(*now)}; a resumed "
+            "run keeps its split (--initial-checkpoint starts a new one from the weights)"
         )
 
 
