@@ -3,6 +3,8 @@
 
 python scripts/convert_checkpoint.py checkpoint_375300 --model qna_vit_tiny --out tiny.safetensors
 python scripts/convert_checkpoint.py last.pth.tar --model ga_convnext_tiny --out ga.safetensors
+python scripts/convert_checkpoint.py x_model_CIFAR100_ResNet26_ckpt.tar \
+    --model sa_resnet_medium_local --out sa.safetensors --model-kwargs kernel_size=5
 """
 
 import argparse
@@ -24,8 +26,9 @@ from qna_timm.convert import (
     gramian_state_dict,
     qna_vit_state_dict,
     read_flax_checkpoint,
+    span_state_dict,
 )
-from qna_timm.models import CSWin, GramianNet, QnAViT  # and registers the models
+from qna_timm.models import CSWin, GramianNet, QnAViT, SAResNet  # and registers the models
 from qna_timm.training.checkpoint import METADATA_KEY, read_weights, save_tensors
 from qna_timm.training.errors import UsageError, closest, run_cli
 
@@ -62,6 +65,7 @@ RELEASES = {
     ),
     "ga_": Release(GramianNet, "fc.0.bias", gramian_state_dict),
     "cswin_": Release(CSWin, "head.bias", cswin_state_dict),
+    "sa_resnet": Release(SAResNet, "dense.bias", span_state_dict),
 }
 
 
@@ -72,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "checkpoint",
         type=Path,
         help="QnA-ViT: Flax msgpack checkpoint, or a folder of checkpoint_<step> files (the newest"
-        " is read); Gramian networks and CSWin: PyTorch or safetensors file",
+        " is read); all others: PyTorch or safetensors file",
     )
     parser.add_argument("--model", required=True, help="model name, such as qna_vit_tiny")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")

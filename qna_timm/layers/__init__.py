@@ -1,5 +1,6 @@
 """Layers: parameters and their names, above the operators."""
 
+from qna_timm.layers.augmented_conv import AugmentedConv2d
 from qna_timm.layers.batch_norm import SmallBatchNorm2d
 from qna_timm.layers.cswin_block import CSWinBlock
 from qna_timm.layers.fuse import FuseBottleneck, MapFusion
@@ -13,16 +14,20 @@ from qna_timm.layers.qna_stage import (
     drop_path_rates,
     plan_stages,
 )
+from qna_timm.layers.sa_block import SPATIAL_LAYERS, BottleneckArgs, SABottleneck, check_stages
 from qna_timm.layers.span_attn import AdaptiveSpan, SpanAttention
 from qna_timm.layers.stem import BiasedBatchNorm2d, PatchStem, ResNetStem
 from qna_timm.layers.stripe_attn import StripeAttention
 from qna_timm.layers.window_attn import WindowAttention, scale_windows, stage_windows
 
 __all__ = [
+    "SPATIAL_LAYERS",
     "AdaptiveSpan",
+    "AugmentedConv2d",
     "BiasedBatchNorm2d",
     "Block",
     "BlockArgs",
+    "BottleneckArgs",
     "CSWinBlock",
     "FuseBottleneck",
     "GramianHead",
@@ -32,12 +37,14 @@ __all__ = [
     "PatchStem",
     "QnAStage",
     "ResNetStem",
+    "SABottleneck",
     "SmallBatchNorm2d",
     "SpanAttention",
     "StageArgs",
     "StripeAttention",
     "WindowAttention",
     "check_depths",
+    "check_stages",
     "drop_path_rates",
     "plan_stages",
     "qna_block",

@@ -8,6 +8,7 @@ from qna_timm.models.ga_resnet import GramianResNet
 from qna_timm.models.ga_vit import GramianViT
 from qna_timm.models.gramian import GramianNet
 from qna_timm.models.qna_vit import QnAViT
+from qna_timm.models.sa_resnet import SAResNet
 
 __all__ = [
     "CSWin",
@@ -18,4 +19,5 @@ __all__ = [
     "GramianResNet",
     "GramianViT",
     "QnAViT",
+    "SAResNet",
 ]
