@@ -6,6 +6,7 @@ Letters: B batch, H W map, C = h*d channels, h heads, d head_dim, k kernel_size,
 import math
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
@@ -283,11 +284,10 @@ class SpanAttention(nn.Module):
         if self.span_mask is not None:
             mask, floor = self.span_mask(radius, self.eps)
         rel_pos_h, rel_pos_w = self._tables(radius)
-        query, key, value = self.qkv(x).permute(0, 2, 3, 1).chunk(3, dim=3)
+        # a linear map of channels-last maps, which is how the operator reads them
+        qkv = F.linear(x.permute(0, 2, 3, 1), self.qkv.weight.flatten(1))
         x = span_attention(
-            query,
-            key,
-            value,
+            qkv,
             rel_pos_h,
             rel_pos_w,
             self.num_heads,

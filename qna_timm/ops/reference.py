@@ -98,30 +98,29 @@ def class_attention_reference(
 
 
 def span_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: Tensor,
     rel_pos_h: Tensor,
     rel_pos_w: Tensor,
     mask: Tensor | None,
     floor: Tensor | None,
     num_heads: int,
-    kernel_size: int,
     mask_padding: bool,
+    scale: float,
 ) -> Tensor:
-    r"""Local self-attention with relative keys, position by position, in the dtype of the query.
+    r"""Local self-attention with relative keys, position by position, in the dtype of qkv.
 
     For position y and head j, with o running over the window's offsets,
 
-        attn[o] = softmax_o(query[y, j] . (key[y+o, j] + rel_pos[o, j]))
+        attn[o] = softmax_o(scale * query[y, j] . (key[y+o, j] + rel_pos[o, j]))
         out[y, j] = sum_o m[o] attn[o] value[y+o, j] / sum_o (m[o] + floor[o]) attn[o]
 
     Keys and values off the map are zero. Offsets of no weight, m + floor = 0, take no part, nor
     do those off the map if mask_padding. (arXiv:1906.05909, arXiv:2004.08708.) Arguments as in
-    `span_attention`, the query already scaled.
+    `span_attention`.
     """
-    height, width = query.shape[1:3]
+    height, width, kernel_size = *qkv.shape[1:3], rel_pos_h.shape[1]
     radius = kernel_size // 2
+    query, key, value = qkv.chunk(3, dim=3)
     key, value = (torch.nn.functional.pad(x, [0, 0] + 4 * [radius]) for x in (key, value))
     rel_pos = torch.cat(  # K, C
         [rel_pos_h[:, dy] + rel_pos_w.T for dy in range(kernel_size)]
@@ -137,7 +136,7 @@ def span_attention_reference(
                 rearrange(t, "b o (h d) -> b h o d", h=num_heads)
                 for t in (query[:, y, x, None], keys, value[window].flatten(1, 2))
             )
-            scores = einsum(q[:, :, 0], k, "b h d, b h o d -> b h o")
+            scores = einsum(q[:, :, 0], k, "b h d, b h o d -> b h o") * scale
             takes_part = below != 0
             if mask_padding:
                 rows = torch.arange(y - radius, y + radius + 1, device=query.device)

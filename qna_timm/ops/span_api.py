@@ -14,9 +14,7 @@ SPAN_FORMS = ("auto", "reference", "offsets", "tiles")
 
 
 def _check_span(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: Tensor,
     rel_pos_h: Tensor,
     rel_pos_w: Tensor,
     num_heads: int,
@@ -24,20 +22,17 @@ def _check_span(
     floor: Tensor | None,
     impl: str,
 ) -> None:
-    shape = list(query.shape)
-    if query.dim() != 4 or list(key.shape) != shape or list(value.shape) != shape:
-        raise ValueError(
-            "query, key and value must be [B, H, W, C] of one shape, "
-            f"got {shape}, {list(key.shape)} and {list(value.shape)}"
-        )
-    if num_heads < 1 or shape[3] % num_heads:
-        raise ValueError(f"num_heads must divide the {shape[3]} channels, got {num_heads}")
     table = list(rel_pos_h.shape)
-    if len(table) != 2 or table[0] != shape[3] or table[1] % 2 == 0:
-        raise ValueError(f"rel_pos_h must be [{shape[3]}, k] with an odd k, got {table}")
-    if list(rel_pos_w.shape) != table:
-        raise ValueError(f"rel_pos_w must be {table} as rel_pos_h, got {list(rel_pos_w.shape)}")
-    offsets = table[1] ** 2
+    if len(table) != 2 or table[1] % 2 == 0 or list(rel_pos_w.shape) != table:
+        raise ValueError(
+            "rel_pos_h and rel_pos_w must be [C, k] of one shape with an odd k, "
+            f"got {table} and {list(rel_pos_w.shape)}"
+        )
+    channels, offsets = table[0], table[1] ** 2
+    if qkv.dim() != 4 or qkv.shape[3] != 3 * channels:
+        raise ValueError(f"qkv must be [B, H, W, {3 * channels}], got {list(qkv.shape)}")
+    if num_heads < 1 or channels % num_heads:
+        raise ValueError(f"num_heads must divide the {channels} channels, got {num_heads}")
     if mask is not None and list(mask.shape) != [num_heads, offsets]:
         raise ValueError(f"mask must be [{num_heads}, {offsets}], got {list(mask.shape)}")
     if floor is not None and (mask is None or list(floor.shape) != [offsets]):
@@ -47,9 +42,7 @@ def _check_span(
 
 
 def span_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: Tensor,
     rel_pos_h: Tensor,
     rel_pos_w: Tensor,
     num_heads: int,
@@ -67,13 +60,11 @@ def span_attention(
 
     for every head, o over the offsets of a k x k window centred at y in row-major order, index 0
     up and left. Offsets with m + floor = 0 are left out, of the maximum too. Keys and values off
-    the map are zero and take part. Everything inside is float32 (float64 for a float64 query),
-    also under autocast. (arXiv:1906.05909, section 3; arXiv:2004.08708, section 3.)
+    the map are zero and take part. Everything inside is float32 (float64 for a float64 qkv), also
+    under autocast. (arXiv:1906.05909, section 3; arXiv:2004.08708, section 3.)
 
     Args:
-        query: [B, H, W, C], heads one after the other.
-        key: [B, H, W, C].
-        value: [B, H, W, C].
+        qkv: [B, H, W, 3*C], queries, keys and values one after the other, heads inside each.
         rel_pos_h: Relative vectors of rows [C, k], k odd.
         rel_pos_w: Relative vectors of columns [C, k].
         num_heads: h, a divisor of C.
@@ -83,49 +74,31 @@ def span_attention(
         mask_padding: Leave offsets off the map out.
         impl: 'auto', or one form with no fall-back: 'reference' (position by position), 'offsets'
             (any order of gradients, scripts; keeps B*h*H*W*K scores) or 'tiles' (gradients by
-            hand; keeps q, k, v, the output and two numbers for each position and head). 'auto' is
+            hand; keeps qkv, the output and two numbers for each position and head). 'auto' is
             'tiles', except in scripts.
 
     Returns:
-        [B, H, W, C] in value's dtype.
+        [B, H, W, C] in qkv's dtype.
 
     Raises:
         ValueError: shapes that do not go together, or an unknown impl.
     """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     rel_pos_h, rel_pos_w = rel_pos_h.to(dtype), rel_pos_w.to(dtype)
     if mask is not None:
         mask = mask.to(dtype)
     if floor is not None:
         floor = floor.detach().to(dtype)
-    kernel_size = rel_pos_h.shape[1]
     if torch.jit.is_scripting():
         out = span_offsets(
-            query.to(dtype) * scale,
-            key.to(dtype),
-            value.to(dtype),
-            rel_pos_h,
-            rel_pos_w,
-            mask,
-            floor,
-            num_heads,
-            kernel_size,
-            mask_padding,
+            qkv.to(dtype), rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale
         )
-        return out.to(value.dtype)
+        return out.to(qkv.dtype)
     else:  # in so many words: the script compiler skips an else branch, not code that follows
-        _check_span(query, key, value, rel_pos_h, rel_pos_w, num_heads, mask, floor, impl)
-        tables = (rel_pos_h, rel_pos_w, mask, floor, num_heads)
+        _check_span(qkv, rel_pos_h, rel_pos_w, num_heads, mask, floor, impl)
+        rest = (rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale)
         if impl in ("auto", "tiles"):
-            return span_tiles(query, key, value, *tables, mask_padding, scale)
+            return span_tiles(qkv, *rest)
         form = span_offsets if impl == "offsets" else span_attention_reference
-        with torch.autocast(query.device.type, enabled=False):
-            out = form(
-                query.to(dtype) * scale,
-                key.to(dtype),
-                value.to(dtype),
-                *tables,
-                kernel_size,
-                mask_padding,
-            )
-        return out.to(value.dtype)
+        with torch.autocast(qkv.device.type, enabled=False):
+            return form(qkv.to(dtype), *rest).to(qkv.dtype)

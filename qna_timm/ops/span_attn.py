@@ -51,28 +51,26 @@ def off_map(height: int, width: int, kernel_size: int, device: torch.device | No
 
 
 def span_offsets(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: Tensor,
     rel_pos_h: Tensor,
     rel_pos_w: Tensor,
     mask: Tensor | None,
     floor: Tensor | None,
     num_heads: int,
-    kernel_size: int,
     mask_padding: bool,
+    scale: float,
 ) -> Tensor:
-    """The function offset by offset; arguments as in `span_attention`, query scaled.
+    """The function offset by offset; arguments as in `span_attention`, in one dtype.
 
     Differentiable to any order and scriptable; keeps B*h*H*W*K scores and K shifted maps for
-    backward. Computes in the dtype of the query, which all have.
+    backward.
     """
-    height, width = query.shape[1], query.shape[2]
+    height, width, kernel_size = qkv.shape[1], qkv.shape[2], rel_pos_h.shape[1]
     radius = kernel_size // 2
-    query = query.unflatten(3, (num_heads, -1))
-    pad = [0, 0, radius, radius, radius, radius]
-    key = F.pad(key, pad).unflatten(3, (num_heads, -1))
-    value = F.pad(value, pad).unflatten(3, (num_heads, -1))
+    query, key, value = qkv.unflatten(3, (3, num_heads, -1)).unbind(3)  # B, H, W, h, d
+    query = query * scale
+    pad = [0, 0, 0, 0, radius, radius, radius, radius]
+    key, value = F.pad(key, pad), F.pad(value, pad)
     # B, H, W, h, k
     rows = torch.einsum("byxhd,hdk->byxhk", query, rel_pos_h.unflatten(0, (num_heads, -1)))
     cols = torch.einsum("byxhd,hdk->byxhk", query, rel_pos_w.unflatten(0, (num_heads, -1)))
@@ -83,7 +81,7 @@ def span_offsets(
             scores.append((query * seen).sum(dim=4) + rows[..., dy] + cols[..., dx])
     logits = torch.stack(scores, dim=4)  # B, H, W, h, K
     if mask_padding:
-        outside = off_map(height, width, kernel_size, query.device)
+        outside = off_map(height, width, kernel_size, qkv.device)
         logits = logits.masked_fill(outside[None, :, :, None], float("-inf"))
     if mask is None:
         attn = logits.softmax(dim=4)

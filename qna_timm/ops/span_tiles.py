@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from qna_timm.ops.span_attn import off_map
+from qna_timm.ops.span_attn import off_map, span_offsets
 
 # Queries of a tile, down and across: of matrices this small larger ones are faster, of windows
 # this small smaller ones waste less.
@@ -64,18 +65,13 @@ class _Grid:
             for row in range(0, rows, step):
                 yield slice(image, min(image + images, batch)), slice(row, min(row + step, rows))
 
-    def pad(self, x: Tensor, radius: int, dtype: torch.dtype) -> Tensor:
-        """[n, H, W, d] in a frame of zeros, continued to whole tiles."""
-        rows, cols = (n * side for n, side in zip(self.tiles, self.tile, strict=True))
-        shape = (x.shape[0], rows + 2 * radius, cols + 2 * radius, x.shape[3])
-        out = torch.zeros(shape, dtype=dtype, device=x.device)
-        out[:, radius : radius + self.height, radius : radius + self.width] = x
-        return out
-
     def queries(self, x: Tensor, rows: slice) -> Tensor:
-        """Padded map without a frame -> [N, T, d]."""
+        """[n, H, W, d] -> [N, T, d], continued to whole tiles by zeros."""
         down, across = self.tile
         x = x[:, rows.start * down : rows.stop * down]
+        missing = self.tiles[1] * across - x.shape[2], (rows.stop - rows.start) * down - x.shape[1]
+        if max(missing) > 0:
+            x = F.pad(x, [0, 0, 0, missing[0], 0, missing[1]])
         x = x.unflatten(2, (-1, across)).unflatten(1, (-1, down))  # n, R, th, Q, tw, d
         return x.transpose(2, 3).reshape(-1, self.num_queries, x.shape[-1])
 
@@ -87,8 +83,19 @@ class _Grid:
         place = out[:, rows.start * down : rows.stop * down]
         place.copy_(tiles[:, : place.shape[1], : place.shape[2]])
 
+    @property
+    def framed(self) -> tuple[int, int]:
+        """Height and width of a map continued to whole tiles, in a frame p wide."""
+        sides = (n * side for n, side in zip(self.tiles, self.tile, strict=True))
+        return tuple(side + self.kernel_size - 1 for side in sides)
+
+    def inner(self, framed: Tensor) -> Tensor:
+        """The map [n, H, W, d] in a framed one."""
+        radius = self.kernel_size // 2
+        return framed[:, radius : radius + self.height, radius : radius + self.width]
+
     def keys(self, x: Tensor, rows: slice) -> Tensor:
-        """Padded map with its frame -> [N, S, d]."""
+        """Framed map -> [N, S, d]."""
         down, across = self.tile
         halo_h, halo_w = self.halo
         x = x[:, rows.start * down : (rows.stop - 1) * down + halo_h]
@@ -96,7 +103,7 @@ class _Grid:
         return x.permute(0, 1, 2, 4, 5, 3).reshape(-1, self.num_keys, x.shape[3])
 
     def add_keys(self, out: Tensor, tiles: Tensor, rows: slice) -> None:
-        """Adds [N, S, d] to their places in a padded map with its frame."""
+        """Adds [N, S, d] to their places in a framed map."""
         (down, across), (halo_h, halo_w) = self.tile, self.halo
         num, cols = rows.stop - rows.start, self.tiles[1]
         tiles = tiles.view(out.shape[0], num, cols, halo_h, halo_w, out.shape[3])
@@ -132,15 +139,22 @@ class _Grid:
 class _Workspace:
     """Buffers that are used again: fresh ones cost more than what is computed in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A buffer of this shape, zeros at first, then what was left in it."""
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape != shape:
-            buffer = self.buffers[name] = like.new_zeros(shape)
+            buffer = self.buffers[name] = torch.zeros(shape, dtype=self.dtype, device=like.device)
         return buffer
+
+    def frame(self, name: str, grid: _Grid, x: Tensor) -> Tensor:
+        """A map [n, H, W, d] with zeros around it."""
+        framed = self.get(name, x, (x.shape[0], *grid.framed, x.shape[3]))
+        grid.inner(framed).copy_(x)
+        return framed
 
 
 class _Head:
@@ -163,7 +177,7 @@ class _Head:
         if mask is not None:
             self.total = mask if floor is None else mask + floor
             excluded = self.total == 0.0
-            if mask.is_cuda or bool(excluded.any()):
+            if mask.device.type != "cpu" or bool(excluded.any()):
                 self.excluded = excluded.view(grid.kernel_size, -1)
 
     def _products(self, x: Tensor, keys: Tensor, name: str) -> Tensor:
@@ -245,34 +259,54 @@ def _outside(grid: _Grid, device: torch.device) -> Tensor:
     """Whether an offset of a query is off the map: bool [R, Q, th, tw, k, k]."""
     outside = off_map(grid.height, grid.width, grid.kernel_size, device)
     # the queries that continue a map to whole tiles see what they like
-    tiles = grid.queries(grid.pad(outside[None], 0, torch.bool), slice(0, grid.tiles[0]))
+    tiles = grid.queries(outside[None], slice(0, grid.tiles[0]))
     return tiles.view(*grid.tiles, *grid.tile, grid.kernel_size, grid.kernel_size)
 
 
-def _heads(
-    grid: _Grid,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    mask: Tensor | None,
-    floor: Tensor | None,
-    num_heads: int,
-    mask_padding: bool,
-) -> list[_Head]:
-    outside = _outside(grid, rel_pos_h.device) if mask_padding else None
-    rel_pos = torch.cat([rel_pos_h, rel_pos_w], dim=1).chunk(num_heads)
-    masks = [None] * num_heads if mask is None else mask.unbind(0)
-    work = _Workspace()
-    return [_Head(grid, work, rel_pos[j], masks[j], floor, outside) for j in range(num_heads)]
+class _Problem:
+    """What forward and backward share: the grid, the heads, and how qkv divides."""
 
+    def __init__(
+        self,
+        qkv: Tensor,
+        rel_pos_h: Tensor,
+        rel_pos_w: Tensor,
+        mask: Tensor | None,
+        floor: Tensor | None,
+        num_heads: int,
+        mask_padding: bool,
+    ) -> None:
+        self.batch, height, width, channels = qkv.shape
+        self.channels = channels // 3
+        self.grid = _Grid(height, width, rel_pos_h.shape[1])
+        self.dtype = rel_pos_h.dtype
+        self.work = _Workspace(self.dtype)
+        self.most_scores = CPU_SCORES if qkv.device.type == "cpu" else GPU_SCORES
+        outside = _outside(self.grid, qkv.device) if mask_padding else None
+        rel_pos = torch.cat([rel_pos_h, rel_pos_w], dim=1).chunk(num_heads)
+        masks = [None] * num_heads if mask is None else mask.unbind(0)
+        self.heads = [
+            _Head(self.grid, self.work, rel_pos[j], masks[j], floor, outside)
+            for j in range(num_heads)
+        ]
 
-def _most_scores(x: Tensor) -> int:
-    return CPU_SCORES if x.device.type == "cpu" else GPU_SCORES
+    def parts(self) -> Iterator[tuple[slice, slice]]:
+        """See `_Grid.parts`."""
+        return self.grid.parts(self.batch, self.most_scores)
+
+    def split(self, x: Tensor, images: slice, head: int) -> tuple[Tensor, ...]:
+        """A head's channels of maps [B, H, W, n*C]: n of [images, H, W, d]."""
+        dim = self.channels // len(self.heads)
+        maps = x[images].unflatten(3, (-1, self.channels)).unbind(3)
+        return tuple(part[..., head * dim : (head + 1) * dim] for part in maps)
+
+    def queries(self, x: Tensor, rows: slice) -> Tensor:
+        """See `_Grid.queries`; in the dtype to compute in."""
+        return self.grid.queries(x, rows).to(self.dtype)
 
 
 def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: Tensor,
     rel_pos_h: Tensor,
     rel_pos_w: Tensor,
     mask: Tensor | None,
@@ -282,24 +316,19 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, and of every query the largest score and the denominator [2, h, B, R, Q, T]."""
-    batch, height, width, channels = query.shape
-    grid, dtype = _Grid(height, width, rel_pos_h.shape[1]), rel_pos_h.dtype
-    radius, head_dim = grid.kernel_size // 2, channels // num_heads
-    out = torch.empty_like(value)
-    shape = (2, num_heads, batch, *grid.tiles, grid.num_queries)
-    stats = torch.empty(shape, dtype=dtype, device=query.device)
-    heads = _heads(grid, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding)
-    for j, head in enumerate(heads):
-        chunk = slice(j * head_dim, (j + 1) * head_dim)
-        for images, rows in grid.parts(batch, _most_scores(query)):
+    problem = _Problem(qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding)
+    grid, work = problem.grid, problem.work
+    out, stats = _empty(qkv, rel_pos_h, num_heads)
+    for j, head in enumerate(problem.heads):
+        for images, rows in problem.parts():
             if rows.start == 0:
-                q = grid.pad(query[images, ..., chunk], 0, dtype).mul_(scale)
-                k = grid.pad(key[images, ..., chunk], radius, dtype)
-                v = grid.pad(value[images, ..., chunk], radius, dtype)
-            exps = head.exps(grid.queries(q, rows), grid.keys(k, rows), rows, None)
+                query, key, value = problem.split(qkv, images, j)
+                key, value = work.frame("key", grid, key), work.frame("value", grid, value)
+            q_tiles = problem.queries(query, rows) * scale
+            exps = head.exps(q_tiles, grid.keys(key, rows), rows, None)
             total = head.weigh(exps)
-            tiles = torch.bmm(head.spread(exps, True), grid.keys(v, rows)).div_(total)
-            grid.put_queries(out[images, ..., chunk], tiles, rows)
+            tiles = torch.bmm(head.spread(exps, True), grid.keys(value, rows)).div_(total)
+            grid.put_queries(problem.split(out, images, j)[0], tiles, rows)
             place = stats[:, j, images, rows]
             place[0].copy_(head.top.view(place[0].shape))
             place[1].copy_(total.view(place[1].shape))
@@ -308,9 +337,7 @@ def _forward(
 
 def _backward(
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: Tensor,
     out: Tensor,
     stats: Tensor,
     rel_pos_h: Tensor,
@@ -320,120 +347,153 @@ def _backward(
     num_heads: int,
     mask_padding: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value [B, H, W, C], both tables [C, 2*k] and the mask [h, K]."""
-    batch, height, width, channels = query.shape
-    grid, dtype = _Grid(height, width, rel_pos_h.shape[1]), rel_pos_h.dtype
-    radius, head_dim = grid.kernel_size // 2, channels // num_heads
-    grads = [torch.empty_like(x) for x in (query, key, value)]
-    grad_rel = rel_pos_h.new_zeros(channels, 2 * grid.kernel_size)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv [B, H, W, 3*C], both tables [C, 2*k] and the mask [h, K]."""
+    problem = _Problem(qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding)
+    grid, work = problem.grid, problem.work
+    grad_qkv = torch.empty_like(qkv)
+    grad_rel = rel_pos_h.new_zeros(problem.channels, 2 * grid.kernel_size)
     grad_mask = rel_pos_h.new_zeros(num_heads, grid.kernel_size**2)
-    inner = slice(radius, radius + height), slice(radius, radius + width)
-    heads = _heads(grid, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding)
-    for j, head in enumerate(heads):
-        chunk = slice(j * head_dim, (j + 1) * head_dim)
-        for images, rows in grid.parts(batch, _most_scores(query)):
+    for j, head in enumerate(problem.heads):
+        rel_rows = grad_rel.chunk(num_heads)[j]
+        for images, rows in problem.parts():
             if rows.start == 0:
-                q = grid.pad(query[images, ..., chunk], 0, dtype).mul_(scale)
-                k = grid.pad(key[images, ..., chunk], radius, dtype)
-                v = grid.pad(value[images, ..., chunk], radius, dtype)
-                g = grid.pad(grad[images, ..., chunk], 0, dtype)
-                o = grid.pad(out[images, ..., chunk], 0, dtype)
-                grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-            q_tiles, k_tiles = grid.queries(q, rows), grid.keys(k, rows)
+                query, key, value = problem.split(qkv, images, j)
+                key, value = work.frame("key", grid, key), work.frame("value", grid, value)
+                grad_key = work.get("grad_key", key, tuple(key.shape)).zero_()
+                grad_value = work.get("grad_value", value, tuple(value.shape)).zero_()
+                (grad_out,), (past,) = (problem.split(x, images, j) for x in (grad, out))
+            q_tiles, k_tiles = problem.queries(query, rows) * scale, grid.keys(key, rows)
             top, total = stats[:, j, images, rows].flatten(1, 3).unbind(0)  # N, T
-            g_tiles = grid.queries(g, rows) / total[..., None]
-            delta = (g_tiles * grid.queries(o, rows)).sum(dim=2, keepdim=True)
+            g_tiles = problem.queries(grad_out, rows) / total[..., None]
+            delta = (g_tiles * problem.queries(past, rows)).sum(dim=2, keepdim=True)
             exps = head.exps(q_tiles, k_tiles, rows, top.view(-1, *grid.tile, 1, 1))
-            attn = head.spread(exps, True)
-            grid.add_keys(grad_v, torch.bmm(attn.transpose(1, 2), g_tiles), rows)
-            slopes, grad_m = head.grad_scores(exps, g_tiles, delta, grid.keys(v, rows))
-            if grad_m is not None:
-                grad_mask[j] += grad_m
+            spread = head.spread(exps, True)
+            grid.add_keys(grad_value, torch.bmm(spread.transpose(1, 2), g_tiles), rows)
+            slopes, grad_weights = head.grad_scores(exps, g_tiles, delta, grid.keys(value, rows))
+            if grad_weights is not None:
+                grad_mask[j] += grad_weights
             spread = head.spread(slopes, False)
-            grid.add_keys(grad_k, torch.bmm(spread.transpose(1, 2), q_tiles), rows)
+            grid.add_keys(grad_key, torch.bmm(spread.transpose(1, 2), q_tiles), rows)
             by_axis = torch.cat([slopes.sum(dim=4), slopes.sum(dim=3)], dim=3).flatten(0, 2)
-            grad_rel[chunk] += torch.mm(q_tiles.flatten(0, 1).t(), by_axis)
+            rel_rows += torch.mm(q_tiles.flatten(0, 1).t(), by_axis)
             tiles = torch.bmm(spread, k_tiles)
             tiles.flatten(0, 1).addmm_(by_axis, head.rel_pos.t())
-            grid.put_queries(grads[0][images, ..., chunk], tiles.mul_(scale), rows)
+            places = problem.split(grad_qkv, images, j)
+            grid.put_queries(places[0], tiles.mul_(scale), rows)
             if rows.stop == grid.tiles[0]:
-                grads[1][images, ..., chunk] = grad_k[:, inner[0], inner[1]]
-                grads[2][images, ..., chunk] = grad_v[:, inner[0], inner[1]]
-    return grads[0], grads[1], grads[2], grad_rel, grad_mask
+                places[1].copy_(grid.inner(grad_key))
+                places[2].copy_(grid.inner(grad_value))
+    return grad_qkv, grad_rel, grad_mask
+
+
+def _empty(qkv: Tensor, rel_pos_h: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """What `_forward` returns, not yet filled."""
+    batch, height, width, channels = qkv.shape
+    grid = _Grid(height, width, rel_pos_h.shape[1])
+    shape = (2, num_heads, batch, *grid.tiles, grid.num_queries)
+    return qkv.new_empty(batch, height, width, channels // 3), rel_pos_h.new_empty(shape)
 
 
 _TABLES = "Tensor rel_pos_h, Tensor rel_pos_w, Tensor? mask, Tensor? floor"
 _SETTINGS = "int num_heads, bool mask_padding, float scale"
 _library = torch.library.Library("qna_timm", "FRAGMENT")
+_library.define(f"span_tiles(Tensor qkv, {_TABLES}, {_SETTINGS}) -> (Tensor, Tensor)")
 _library.define(
-    "span_tiles(Tensor query, Tensor key, Tensor value, "
-    f"{_TABLES}, {_SETTINGS}) -> (Tensor, Tensor)"
-)
-_library.define(
-    "span_tiles_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
-    f"Tensor stats, {_TABLES}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "span_tiles_backward(Tensor grad, Tensor qkv, Tensor out, Tensor stats, "
+    f"{_TABLES}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
 )
 _library.impl("span_tiles", _forward, "CompositeExplicitAutograd")
 _library.impl("span_tiles_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("qna_timm::span_tiles", lib=_library)
-def _fake_forward(query, key, value, rel_pos_h, rel_pos_w, mask, floor, num_heads, *_):
-    grid = _Grid(query.shape[1], query.shape[2], rel_pos_h.shape[1])
-    shape = (2, num_heads, query.shape[0], *grid.tiles, grid.num_queries)
-    return torch.empty_like(value), rel_pos_h.new_empty(shape)
+def _(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    mask: Tensor | None,
+    floor: Tensor | None,
+    num_heads: int,
+    mask_padding: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _empty(qkv, rel_pos_h, num_heads)
 
 
 @torch.library.register_fake("qna_timm::span_tiles_backward", lib=_library)
-def _fake_backward(
-    grad, query, key, value, out, stats, rel_pos_h, rel_pos_w, mask, floor, num_heads, *_
-):
+def _(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    mask: Tensor | None,
+    floor: Tensor | None,
+    num_heads: int,
+    mask_padding: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     channels, kernel_size = rel_pos_h.shape
     return (
-        torch.empty_like(query),
-        torch.empty_like(key),
-        torch.empty_like(value),
+        torch.empty_like(qkv),
         rel_pos_h.new_empty(channels, 2 * kernel_size),
         rel_pos_h.new_empty(num_heads, kernel_size**2),
     )
 
 
 class _SpanTiles(torch.autograd.Function):
+    """Both operators as one function with a gradient."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        query, key, value, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale
-    ):
+        qkv: Tensor,
+        rel_pos_h: Tensor,
+        rel_pos_w: Tensor,
+        mask: Tensor | None,
+        floor: Tensor | None,
+        num_heads: int,
+        mask_padding: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
         return torch.ops.qna_timm.span_tiles(
-            query, key, value, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale
+            qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale
         )
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        query, key, value, rel_pos_h, rel_pos_w, mask, floor, *settings = inputs
-        out, stats = output
-        ctx.mark_non_differentiable(stats)
-        ctx.settings = settings
-        ctx.save_for_backward(query, key, value, rel_pos_h, rel_pos_w, mask, floor, out, stats)
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.settings = inputs[5:]
+        ctx.save_for_backward(*inputs[:5], *output)
 
     @staticmethod
-    def backward(ctx, grad, _):
-        query, key, value, rel_pos_h, rel_pos_w, mask, floor, out, stats = ctx.saved_tensors
-        tables = (rel_pos_h, rel_pos_w, mask, floor)
-        grads = torch.ops.qna_timm.span_tiles_backward(
-            grad, query, key, value, out, stats, *tables, *ctx.settings
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, out, stats = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants gradients of the gradient
+            return *_grad_of_offsets(grad, inputs, *ctx.settings), None, None, None, None
+        grad_qkv, grad_rel, grad_mask = torch.ops.qna_timm.span_tiles_backward(
+            grad, inputs[0], out, stats, *inputs[1:], *ctx.settings
         )
-        by_row, by_col = grads[3].chunk(2, dim=1)
-        grad_mask = None if mask is None else grads[4]
-        return *grads[:3], by_row, by_col, grad_mask, None, None, None, None
+        by_row, by_col = grad_rel.chunk(2, dim=1)
+        grad_mask = None if inputs[3] is None else grad_mask
+        return grad_qkv, by_row, by_col, grad_mask, None, None, None, None
+
+
+def _grad_of_offsets(
+    grad: Tensor, inputs: list[Tensor | None], num_heads: int, mask_padding: bool, scale: float
+) -> list[Tensor | None]:
+    """Gradients of qkv, both tables and the mask that have gradients themselves."""
+    wanted = [x for x in inputs[:4] if x is not None and x.requires_grad]
+    out = span_offsets(*inputs, num_heads, mask_padding, scale)
+    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return [next(grads) if x is not None and x.requires_grad else None for x in inputs[:4]]
 
 
 def span_tiles(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: Tensor,
     rel_pos_h: Tensor,
     rel_pos_w: Tensor,
     mask: Tensor | None,
@@ -444,9 +504,9 @@ def span_tiles(
 ) -> Tensor:
     """The function in tiles; arguments as in `span_attention`, tables in the dtype to compute in.
 
-    Keeps query, key, value, the output and two numbers per position and head for backward.
-    Gradients of gradients come from `span_offsets`.
+    Keeps qkv, the output and two numbers per position and head for backward. Gradients of
+    gradients come from `span_offsets`.
     """
-    return _SpanTiles.apply(
-        query, key, value, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale
-    )[0]
+    return _SpanTiles.apply(qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale)[
+        0
+    ]
