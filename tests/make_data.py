@@ -1,4 +1,4 @@
-"""Writes tests/data/{qna,gramian}.{npz,json} from the golden files of the released code.
+"""Writes tests/data/{qna,gramian}.{npz,json}, span_lr.json from golden files of the released code.
 
     python tests/make_data.py ../shared/golden
 
@@ -80,7 +80,28 @@ def collect_gramian(gramian: Path) -> None:
     write("gramian", arrays, info)
 
 
+def copy_span_rates(span: Path) -> None:
+    """The learning rate of every epoch in the released span runs, in full precision."""
+    runs = json.loads((span / "lr_schedule.json").read_text())
+    key = "lr_per_epoch_1_to_100"
+    rates = {name: {key: run[key]} for name, run in runs.items()}
+    (OUT / "span_lr.json").write_text(json.dumps(rates, separators=(",", ":")))
+
+
+def copy_span_steps(span: Path) -> None:
+    """Four updates of each small span network in float64, and the released names and shapes."""
+    results = json.loads((span / "golden_train_steps.json").read_text())["results"]
+    networks = json.loads((span / "state_dicts.json").read_text())
+    info = {
+        name: {"shapes": {n: shape for n, shape, _ in networks[name]["entries"]}, **runs["fp64"]}
+        for name, runs in results.items()
+    }
+    (OUT / "span_train_steps.json").write_text(json.dumps(info, separators=(",", ":")))
+
+
 if __name__ == "__main__":
     golden = Path(sys.argv[1])
     collect_qna(golden / "qna")
     collect_gramian(golden / "gramian")
+    copy_span_rates(golden / "span")
+    copy_span_steps(golden / "span")
