@@ -3,8 +3,7 @@
 
 python scripts/convert_checkpoint.py checkpoint_375300 --model qna_vit_tiny --out tiny.safetensors
 python scripts/convert_checkpoint.py last.pth.tar --model ga_convnext_tiny --out ga.safetensors
-python scripts/convert_checkpoint.py x_model_CIFAR100_ResNet26_ckpt.tar \
-    --model sa_resnet_medium_local --out sa.safetensors --model-kwargs kernel_size=5
+python scripts/convert_checkpoint.py x_ckpt.tar --model sa_resnet_large_local --out sa.safetensors
 """
 
 import argparse
