@@ -67,8 +67,8 @@ class TinyImageNetReader(Reader):
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         path = self.samples[index][0]
         if basename:
-            return path.name
-        return str(path if absolute else path.relative_to(self.root))
+            return os.path.basename(path)
+        return path if absolute else os.path.relpath(path, self.root)
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -105,23 +105,26 @@ def _read_names(root: Path, wnids: list[str]) -> list[str]:
     ]
 
 
-def _images_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path) -> list[str]:
+    """Names of the images in a folder, in natural order."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.suffix.lower() in get_img_extensions()]
-    return sorted(found, key=lambda path: natural_key(path.name))
+    endings = get_img_extensions()
+    return sorted(
+        (name for name in os.listdir(folder) if name.lower().endswith(endings)), key=natural_key
+    )
 
 
-def _in_class_folders(folder: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
+def _in_class_folders(folder: Path, labels: dict[str, int]) -> list[tuple[str, int]]:
     return [
-        (path, label)
+        (str(place / name), label)
         for wnid, label in labels.items()
         for place in (folder / wnid / "images", folder / wnid)
-        for path in _images_in(place)
+        for name in _images_in(place)
     ]
 
 
-def _annotated(folder: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
+def _annotated(folder: Path, labels: dict[str, int]) -> list[tuple[str, int]]:
     """Images and labels of val; a line of its annotations is file, id and box, tabs between."""
     by_file: dict[str, int] = {}
     for line in _read_lines(folder / ANNOTATIONS):
@@ -134,9 +137,9 @@ def _annotated(folder: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
             )
         by_file[name] = labels[wnid]
     images = _images_in(folder / "images")
-    unknown = next((path.name for path in images if path.name not in by_file), None)
+    unknown = next((name for name in images if name not in by_file), None)
     if unknown:
         raise UsageError(
             f"--dataset tiny_imagenet: {folder / ANNOTATIONS} does not tell the class of {unknown}"
         )
-    return [(path, by_file[path.name]) for path in images]
+    return [(str(folder / "images" / name), by_file[name]) for name in images]

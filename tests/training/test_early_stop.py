@@ -41,9 +41,13 @@ def rows_of(metric: str, values: list[float | None], first: int = 0) -> list[dic
     ]
 
 
-def saved_epochs(folder: Path) -> list[int]:
+def summary(folder: Path) -> list[dict[str, str]]:
     with open(folder / "summary.csv", newline="") as file:
-        return [int(row["epoch"]) for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
+
+
+def saved_epochs(folder: Path) -> list[int]:
+    return [int(row["epoch"]) for row in summary(folder)]
 
 
 @pytest.mark.parametrize(
@@ -131,17 +135,21 @@ def test_a_run_ends_finished_and_stays_ended(
     assert "best top1: 40 in epoch 6" in capsys.readouterr().err
 
 
-def test_two_processes_end_together(tmp_path: Path) -> None:
-    """A learning rate of 0 never makes anything better."""
+def test_two_processes_end_together(train: ModuleType, tmp_path: Path) -> None:
+    """A learning rate of 0 never makes anything better; both hold out what one process does."""
+    argv = ["--lr", "0", "--val-fraction", "0.1"]
+    assert train.main(digits(tmp_path / "one", *argv, "--stop-epoch", "1")) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "train.py")]
-    command += digits(tmp_path, "--lr", "0", "--early-stop-epochs", "1")
+    command += digits(tmp_path / "two", *argv, "--early-stop-epochs", "1")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert saved_epochs(tmp_path / "a") == [0, 1, 2]
+    assert saved_epochs(tmp_path / "two" / "a") == [0, 1, 2]
+    one, two = (summary(tmp_path / name / "a")[0] for name in ("one", "two"))
+    assert float(two["eval_loss"]) == pytest.approx(float(one["eval_loss"]), rel=1e-5)
     assert done.stderr.count("ended after epoch 3") == 1
 
 
