@@ -144,9 +144,10 @@ class AugmentedConv2d(nn.Module):
         query, key, value = self._heads(query), self._heads(key), self._heads(value)
         if self.rel_pos_h is not None and self.rel_pos_w is not None:
             query, key = append_relative(query, key, self.rel_pos_h, self.rel_pos_w, height, width)
+        value_width = self.value_dim // self.num_heads
         # To the keys' width: the fused kernels, which make no N x N scores, want one width
-        value = F.pad(value, (0, query.shape[3] - self.value_dim // self.num_heads))
+        value = F.pad(value, (0, max(0, query.shape[3] - value_width)))
         attn = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
-        attn = attn[..., : self.value_dim // self.num_heads]  # B, h, N, value_dim/h
+        attn = attn[..., :value_width]  # B, h, N, value_dim/h
         attn = attn.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))
         return torch.cat([self.conv(x), self.proj(attn)], dim=1)

@@ -42,9 +42,9 @@ class AdaptiveSpan(nn.Module):
         max_span: Largest radius, in pixels.
         span_ramp: Pixels over which a ring's weight falls from 1 to 0.
         span_init: Initial span, a fraction of max_span.
-        exact_radius: Round the product span * max_span to float32 before taking its ceiling. The
-            released code does not: a span of 0.2, in float32 a little more, runs one ring more,
-            without weight.
+        exact_radius: Round the product span * max_span to float32 before taking its ceiling, and a
+            fractional radius up. The released code does neither: a span of 0.2, in float32 a little
+            more, runs one ring more, without weight, and a span_ramp of 2.3 drops a ring with one.
     """
 
     def __init__(
@@ -94,8 +94,9 @@ class AdaptiveSpan(nn.Module):
         widest = self.span.detach().amax()
         if not self.exact_radius:
             widest = _exact(widest)
-        widest = widest * self.max_span
-        return (widest.ceil() + self.span_ramp).ceil().clamp(0, self.max_span)
+        reach = (widest * self.max_span).ceil() + self.span_ramp
+        reach = reach.ceil() if self.exact_radius else reach.floor()
+        return reach.clamp(0, self.max_span)
 
     def running_radius(self) -> int:
         """The running radius in pixels; waits for the device."""
@@ -115,10 +116,11 @@ class AdaptiveSpan(nn.Module):
         # float64 as for the radius: rounding to float32 puts a span of 0.6 on a ring's bound, which
         # passes a gradient
         weights = ring_weights(_exact(self.span), self.max_span, self.span_ramp, radius)
+        running = (rings <= self.radius()).to(weights.dtype)
         floor: Tensor | None = None
         if eps > 0.0:
-            floor = (rings <= self.radius()).to(weights.dtype) * eps
-        return weights[:, rings], floor
+            floor = running * eps
+        return weights[:, rings] * running, floor
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}, max_span={self.max_span}, span_ramp={self.span_ramp:g}"
@@ -259,10 +261,14 @@ class SpanAttention(nn.Module):
         if torch.jit.is_scripting():
             return self.span_mask.running_radius()
         else:
-            try:
-                return self.span_mask.running_radius()
-            except RuntimeError:  # no value under vmap, of fake tensors
-                return self.span_mask.max_span
+            return self._radius_at_hand()
+
+    @torch.jit.unused
+    def _radius_at_hand(self) -> int:
+        try:
+            return self.span_mask.running_radius()
+        except RuntimeError:  # no value under vmap, nor of fake tensors
+            return self.span_mask.max_span
 
     def _tables(self, radius: int) -> tuple[Tensor, Tensor]:
         """Relative vectors [C, k] of rows and columns, zero on channels that see the other."""

@@ -210,12 +210,16 @@ class _Head:
         self.top = scores.amax(dim=(3, 4), keepdim=True) if top is None else top
         return scores.sub_(self.top).exp_()
 
-    def weigh(self, exps: Tensor) -> Tensor:
-        """Sums of (m + floor) e: [N, th, tw, k, k] -> [N, T, 1]."""
-        flat = exps.view(exps.shape[0], self.grid.num_queries, -1)
-        if self.total is None:
+    def _sum(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Weighted sums over windows: [N, th, tw, k, k] and [K] -> [N, T, 1]."""
+        flat = x.view(x.shape[0], self.grid.num_queries, -1)
+        if weight is None:
             return flat.sum(dim=2, keepdim=True)
-        return torch.matmul(flat, self.total[:, None])
+        return torch.matmul(flat, weight[:, None])
+
+    def denominator(self, exps: Tensor) -> Tensor:
+        """Sums of (m + floor) e: [N, th, tw, k, k] -> [N, T, 1]."""
+        return self._sum(exps, self.total)
 
     def spread(self, x: Tensor, weigh: bool) -> Tensor:
         """[N, th, tw, k, k], times m if asked to, in the bands of matrices [N, T, S] of zeros."""
@@ -228,22 +232,26 @@ class _Head:
         return out
 
     def grad_scores(
-        self, exps: Tensor, grad: Tensor, delta: Tensor, value: Tensor
+        self, exps: Tensor, grad: Tensor, value: Tensor, total: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the scores, in place of exps, and of the mask [K].
+        """Gradients of the scores and of the mask [K].
 
-            ds = e (m t - (m + floor) delta),  dm = sum e (t - delta),  t = grad . value
+            t = grad . value,   delta = sum m e t / total,   dm = sum e (t - delta),
+            ds = m e (t - delta) - floor e delta
+
+        delta is summed from the very products that it is taken from, not as grad . out: where one
+        offset has all the weight, the difference is exactly 0.
 
         Args:
-            exps: [N, th, tw, k, k].
+            exps: [N, th, tw, k, k]; spent.
             grad: Gradient of the output over the denominator [N, T, d].
-            delta: Its product with the output [N, T, 1].
             value: [N, S, d].
+            total: The denominator [N, T, 1].
         """
-        delta = delta.view(*exps.shape[:3], 1, 1)
         slopes = self.work.get("slopes", exps, tuple(exps.shape))
-        torch.sub(self._products(grad, value, "slopes"), delta, out=slopes)
-        slopes.mul_(exps)
+        torch.mul(self._products(grad, value, "slopes"), exps, out=slopes)
+        delta = (self._sum(slopes, self.mask) / total).view(*exps.shape[:3], 1, 1)
+        slopes.addcmul_(exps, delta, value=-1.0)
         if self.mask is None:
             return slopes, None
         flat = slopes.view(-1, self.mask.shape[0])
@@ -326,7 +334,7 @@ def _forward(
                 key, value = work.frame("key", grid, key), work.frame("value", grid, value)
             q_tiles = problem.queries(query, rows) * scale
             exps = head.exps(q_tiles, grid.keys(key, rows), rows, None)
-            total = head.weigh(exps)
+            total = head.denominator(exps)
             tiles = torch.bmm(head.spread(exps, True), grid.keys(value, rows)).div_(total)
             grid.put_queries(problem.split(out, images, j)[0], tiles, rows)
             place = stats[:, j, images, rows]
@@ -338,7 +346,6 @@ def _forward(
 def _backward(
     grad: Tensor,
     qkv: Tensor,
-    out: Tensor,
     stats: Tensor,
     rel_pos_h: Tensor,
     rel_pos_w: Tensor,
@@ -362,15 +369,14 @@ def _backward(
                 key, value = work.frame("key", grid, key), work.frame("value", grid, value)
                 grad_key = work.get("grad_key", key, tuple(key.shape)).zero_()
                 grad_value = work.get("grad_value", value, tuple(value.shape)).zero_()
-                (grad_out,), (past,) = (problem.split(x, images, j) for x in (grad, out))
+                (grad_out,) = problem.split(grad, images, j)
             q_tiles, k_tiles = problem.queries(query, rows) * scale, grid.keys(key, rows)
-            top, total = stats[:, j, images, rows].flatten(1, 3).unbind(0)  # N, T
-            g_tiles = problem.queries(grad_out, rows) / total[..., None]
-            delta = (g_tiles * problem.queries(past, rows)).sum(dim=2, keepdim=True)
+            top, total = stats[:, j, images, rows].flatten(1, 3)[..., None].unbind(0)  # N, T, 1
+            g_tiles = problem.queries(grad_out, rows) / total
             exps = head.exps(q_tiles, k_tiles, rows, top.view(-1, *grid.tile, 1, 1))
             spread = head.spread(exps, True)
             grid.add_keys(grad_value, torch.bmm(spread.transpose(1, 2), g_tiles), rows)
-            slopes, grad_weights = head.grad_scores(exps, g_tiles, delta, grid.keys(value, rows))
+            slopes, grad_weights = head.grad_scores(exps, g_tiles, grid.keys(value, rows), total)
             if grad_weights is not None:
                 grad_mask[j] += grad_weights
             spread = head.spread(slopes, False)
@@ -400,7 +406,7 @@ _SETTINGS = "int num_heads, bool mask_padding, float scale"
 _library = torch.library.Library("qna_timm", "FRAGMENT")
 _library.define(f"span_tiles(Tensor qkv, {_TABLES}, {_SETTINGS}) -> (Tensor, Tensor)")
 _library.define(
-    "span_tiles_backward(Tensor grad, Tensor qkv, Tensor out, Tensor stats, "
+    "span_tiles_backward(Tensor grad, Tensor qkv, Tensor stats, "
     f"{_TABLES}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
 )
 _library.impl("span_tiles", _forward, "CompositeExplicitAutograd")
@@ -425,7 +431,6 @@ def _(
 def _(
     grad: Tensor,
     qkv: Tensor,
-    out: Tensor,
     stats: Tensor,
     rel_pos_h: Tensor,
     rel_pos_w: Tensor,
@@ -443,8 +448,32 @@ def _(
     )
 
 
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.settings = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], output[1])
+
+
+def _gradients(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, stats = ctx.saved_tensors
+    if torch.is_grad_enabled():  # somebody wants gradients of the gradient
+        return *_grad_of_offsets(grad, inputs, *ctx.settings), None, None, None, None
+    grad_qkv, grad_rel, grad_mask = torch.ops.qna_timm.span_tiles_backward(
+        grad, inputs[0], stats, *inputs[1:], *ctx.settings
+    )
+    by_row, by_col = grad_rel.chunk(2, dim=1)
+    grad_mask = None if inputs[3] is None else grad_mask
+    return grad_qkv, by_row, by_col, grad_mask, None, None, None, None
+
+
+# for graphs that hold the operator itself, exported ones
+torch.library.register_autograd(
+    "qna_timm::span_tiles", _gradients, setup_context=_setup_context, lib=_library
+)
+
+
 class _SpanTiles(torch.autograd.Function):
-    """Both operators as one function with a gradient."""
+    """Both operators as one function with a gradient, which `torch.func` takes too."""
 
     generate_vmap_rule = True
 
@@ -463,23 +492,8 @@ class _SpanTiles(torch.autograd.Function):
             qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale
         )
 
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.settings = inputs[5:]
-        ctx.save_for_backward(*inputs[:5], *output)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, out, stats = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants gradients of the gradient
-            return *_grad_of_offsets(grad, inputs, *ctx.settings), None, None, None, None
-        grad_qkv, grad_rel, grad_mask = torch.ops.qna_timm.span_tiles_backward(
-            grad, inputs[0], out, stats, *inputs[1:], *ctx.settings
-        )
-        by_row, by_col = grad_rel.chunk(2, dim=1)
-        grad_mask = None if inputs[3] is None else grad_mask
-        return grad_qkv, by_row, by_col, grad_mask, None, None, None, None
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_gradients)
 
 
 def _grad_of_offsets(
@@ -504,8 +518,8 @@ def span_tiles(
 ) -> Tensor:
     """The function in tiles; arguments as in `span_attention`, tables in the dtype to compute in.
 
-    Keeps qkv, the output and two numbers per position and head for backward. Gradients of
-    gradients come from `span_offsets`.
+    Keeps qkv and two numbers per position and head for backward. Gradients of gradients come from
+    `span_offsets`.
     """
     return _SpanTiles.apply(qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale)[
         0
