@@ -5,6 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
+import timm
 import torch
 from golden import arrays, info, relative_error
 from span_reference import UnfoldedAttention
@@ -156,6 +157,20 @@ def test_fixed_radius() -> None:
         layer.span_mask.span.fill_(1.0)
     layer.fix_radius(False)
     assert layer._radius() == 5
+
+
+def test_plain_operators() -> None:
+    """timm's switch for exporters."""
+    x = torch.randn(1, 6, 5, 5)
+    wanted = adaptive()(x)
+    timm.layers.set_fused_attn(False)
+    try:
+        layer = adaptive()
+    finally:
+        timm.layers.set_fused_attn(True)
+    exported = torch.export.export(layer, (x,))
+    assert not [node for node in exported.graph.nodes if "qna_timm" in str(node.target)]
+    assert torch.allclose(exported.module()(x), wanted, atol=1e-5)
 
 
 def test_smaller_spans_compute_less() -> None:

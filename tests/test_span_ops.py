@@ -217,6 +217,15 @@ def test_compiled() -> None:
     assert torch.allclose(torch.autograd.grad(compiled(qkv), qkv)[0], wanted)
 
 
+def test_autocast_stops() -> None:
+    """Nothing inside is computed in half precision, forward or backward."""
+    arguments = problem((2, 9, 9, 16, 2, 5, False, "positive"), dtype=torch.float32)
+    wanted = run(arguments, "tiles", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        agree(run(arguments, "tiles", torch.float32), wanted, 1e-12)
+        agree([span_attention(**arguments, impl="offsets")], wanted[:1], 1e-5)
+
+
 def test_meta() -> None:
     arguments = problem((2, 6, 5, 8, 2, 3, False, "positive"))
     meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()}

@@ -7,7 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, register_notrace_module
+from timm.layers import register_notrace_function, register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
 from qna_timm.ops import ring_index, ring_weights, span_attention
@@ -161,7 +161,8 @@ class SpanAttention(nn.Module):
         scale_scores: scale = 1/sqrt(d) in place of 1.
         eps: See above; 0 gives masked-out rings no part in the softmax.
         exact_radius: See `AdaptiveSpan`.
-        impl: See `qna_timm.ops.span_attention`.
+        impl: See `qna_timm.ops.span_attention`; 'auto' is 'offsets', PyTorch's own operators, after
+            ``timm.layers.set_fused_attn(False)``.
 
     Shape: [B, in_chs, H, W] -> [B, out_chs, H, W].
 
@@ -214,7 +215,8 @@ class SpanAttention(nn.Module):
         self.mask_padding = mask_padding
         self.scale = (out_chs // num_heads) ** -0.5 if scale_scores else 1.0
         self.eps = eps
-        self.impl = impl
+        # exporters that know no operators of ours ask timm for plain ones
+        self.impl = impl if impl != "auto" or use_fused_attn() else "offsets"
         self.fixed_radius = -1 if adaptive else kernel_size // 2
 
         self.qkv = nn.Conv2d(in_chs, 3 * out_chs, 1, bias=False, **dd)

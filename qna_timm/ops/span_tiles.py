@@ -9,8 +9,10 @@ Letters: B batch, H W map, C = h*d channels, h heads, d head_dim, k kernel_size,
 p = (k-1)/2 radius; R, Q tiles down and across, N = images * R * Q tiles at a time.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -409,8 +411,21 @@ _library.define(
     "span_tiles_backward(Tensor grad, Tensor qkv, Tensor stats, "
     f"{_TABLES}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
 )
-_library.impl("span_tiles", _forward, "CompositeExplicitAutograd")
-_library.impl("span_tiles_backward", _backward, "CompositeExplicitAutograd")
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast stops at functions, not at what they call."""
+
+    @functools.wraps(function)
+    def call(first: Tensor, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args)
+
+    return call
+
+
+for _name, _function in (("span_tiles", _forward), ("span_tiles_backward", _backward)):
+    _library.impl(_name, _without_autocast(_function), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("qna_timm::span_tiles", lib=_library)
@@ -501,7 +516,10 @@ def _grad_of_offsets(
 ) -> list[Tensor | None]:
     """Gradients of qkv, both tables and the mask that have gradients themselves."""
     wanted = [x for x in inputs[:4] if x is not None and x.requires_grad]
-    out = span_offsets(*inputs, num_heads, mask_padding, scale)
+    qkv, *tables = inputs
+    with torch.autocast(qkv.device.type, enabled=False):
+        out = span_offsets(qkv.to(tables[0].dtype), *tables, num_heads, mask_padding, scale)
+    out = out.to(qkv.dtype)
     grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return [next(grads) if x is not None and x.requires_grad else None for x in inputs[:4]]
 
