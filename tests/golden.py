@@ -74,6 +74,40 @@ def released_gramian(model: str) -> dict[str, Tensor]:
     return {name: torch_leaf(name, shape) for name, shape in entries.items()}
 
 
+def span_leaf(name: str, shape: list[int]) -> Tensor:
+    """Value of a state dict entry of a released adaptive-span network, by the golden rule."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "num_batches_tracked":
+        return torch.tensor(0)
+    if leaf == "mask_template":
+        return torch.linspace(-4.0, 0.0, 5)
+    value = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    value = value.astype(np.float32)
+    if leaf == "current_val":
+        value = np.clip(np.float32(0.1) + np.float32(0.6) * np.abs(np.sin(value)), 0, 1)
+    elif leaf == "running_var":
+        value = 1 + np.float32(0.1) * np.abs(value)
+    elif leaf in ("running_mean", "bias"):
+        value = np.float32(0.1) * value
+    elif leaf == "weight" and len(shape) >= 2:
+        value = value / np.float32(np.sqrt(np.prod(shape[1:])))
+    elif leaf == "weight":
+        value = 1 + np.float32(0.1) * value
+    return torch.from_numpy(np.asarray(value))
+
+
+def released_span(variant: str) -> dict[str, Tensor]:
+    """A checkpoint's tensors of a released adaptive-span network, by the rule."""
+    entries = info("sa_resnet")["entries"]
+    variant, _, span = variant.partition("_z")  # one span everywhere
+    same = variant if variant in entries else "small_adaptive_R2"
+    state = {name: span_leaf(name, shape) for name, shape in entries[same].items()}
+    for name in state:
+        if span and name.endswith("current_val"):
+            state[name] = torch.full_like(state[name], float(span))
+    return state
+
+
 def images(seed: int, *shape: int) -> Tensor:
     """The golden files' input, channels-last as they have it."""
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))

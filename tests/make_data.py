@@ -1,4 +1,4 @@
-"""Writes tests/data/{qna,gramian}.{npz,json}, span_lr.json from golden files of the released code.
+"""Writes what tests/data has of the golden files of the released code.
 
     python tests/make_data.py ../shared/golden
 
@@ -99,9 +99,36 @@ def copy_span_steps(span: Path) -> None:
     (OUT / "span_train_steps.json").write_text(json.dumps(info, separators=(",", ":")))
 
 
+def collect_sa_resnet(span: Path) -> None:
+    """The adaptive-span networks: logits, gradients (all norms, a few whole), names and shapes."""
+    variants = json.loads((span / "state_dicts.json").read_text())
+    keys = ("groups", "R", "attention_kernel", "z_init")
+    info: dict[str, dict] = {
+        "args": {name: {key: v["args"][key] for key in keys} for name, v in variants.items()},
+        "entries": {
+            name: {path: shape for path, shape, _ in v["entries"]}
+            for name, v in variants.items()
+            if "_z" not in name and "_R3" not in name
+        },
+        "grads": {},
+    }
+    with np.load(span / "logits_fp64.npz") as data:
+        arrays = {f"{name}/logits": data[name].astype(np.float32) for name in data.files}
+    grads = json.loads((span / "grads.json").read_text())
+    for name in ("small_adaptive_R2", "small_local_k5"):
+        info["grads"][name] = grads[name]["fp64"]
+        with np.load(span / f"golden_grads_{name}.npz") as data:
+            for path in data.files:
+                in_layer = path.startswith("layers.0.0.conv2.0.") and "current_val" not in path
+                if in_layer or path in ("input", "init.0.weight", "dense.bias"):
+                    arrays[f"{name}/{path}"] = data[path]
+    write("sa_resnet", arrays, info)
+
+
 if __name__ == "__main__":
     golden = Path(sys.argv[1])
     collect_qna(golden / "qna")
     collect_gramian(golden / "gramian")
     copy_span_rates(golden / "span")
     copy_span_steps(golden / "span")
+    collect_sa_resnet(golden / "span")
