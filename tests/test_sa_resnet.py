@@ -53,12 +53,11 @@ def small_model(kind: str = "adaptive", **kwargs: object) -> SAResNet:
 
 def gradient(model: SAResNet, released: str) -> Tensor:
     """A parameter's gradient under its released name."""
-    name = _our_name(released)
     for i, end in enumerate(_PROJECTIONS):
-        if name.endswith(end):
-            stacked = model.get_parameter(f"{name.removesuffix(end)}qkv.weight")
-            return stacked.grad.chunk(3)[i]
-    return model.get_parameter(name).grad
+        if released.endswith(end):
+            stacked = _our_name(f"{released.removesuffix(end)}qkv.weight")
+            return model.get_parameter(stacked).grad.chunk(3)[i]
+    return model.get_parameter(_our_name(released)).grad
 
 
 @pytest.mark.parametrize("variant", GOLDEN["args"])

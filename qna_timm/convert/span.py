@@ -38,6 +38,7 @@ _SPATIAL = {
     "weight": "weight",
     "rel_h": "rel_pos_h",
     "rel_w": "rel_pos_w",
+    "qkv.weight": "qkv.weight",  # stacked here
     "adaptive_mask.current_val": "span_mask.span",
     "conv_out.weight": "conv.weight",
     "conv_out.bias": "conv.bias",
@@ -58,7 +59,7 @@ def is_released_span(state_dict: Mapping[str, Any]) -> bool:
 
 
 def _our_name(name: str) -> str | None:
-    """Our name of a released tensor, None for unknown ones; projections keep their last parts."""
+    """Our name of a released tensor, projections being stacked; None for unknown ones."""
     module, _, leaf = name.rpartition(".")
     if module in _OUTSIDE:
         return f"{_OUTSIDE[module]}.{leaf}"
@@ -68,18 +69,15 @@ def _our_name(name: str) -> str | None:
     block = f"stages.{match[1]}.{match[2]}.{_BLOCK[match[3]]}"
     if match[3] != "conv2.0":
         return f"{block}.{match[4]}"
-    if match[4] in _PROJECTIONS:
-        return f"{block}.{match[4]}"
     return f"{block}.{_SPATIAL[match[4]]}" if match[4] in _SPATIAL else None
 
 
-def _stack_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Query, key and value projections of each layer as one, [3C, C, 1, 1]."""
-    first = _PROJECTIONS[0]
+def _stack_projections(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value projections of each layer as one, [3C, C, 1, 1]; released names."""
+    stacked = {name: tensor for name, tensor in tensors.items() if not name.endswith(_PROJECTIONS)}
     layers = dict.fromkeys(
         name.removesuffix(end) for name in tensors for end in _PROJECTIONS if name.endswith(end)
     )
-    stacked = {name: tensor for name, tensor in tensors.items() if not name.endswith(_PROJECTIONS)}
     for layer in layers:
         names = [f"{layer}{end}" for end in _PROJECTIONS]
         missing = [name for name in names if name not in tensors]
@@ -87,7 +85,7 @@ def _stack_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ConversionError(f"missing: {some(missing)}")
         parts = [tensors[name] for name in names]
         if any(part.shape != parts[0].shape for part in parts):
-            raise ConversionError(f"{layer}{first}: other than keys and values in shape")
+            raise ConversionError(f"{names[0]}: other than keys and values in shape")
         stacked[f"{layer}qkv.weight"] = torch.cat(parts)
     return stacked
 
@@ -95,7 +93,7 @@ def _stack_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _released_to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     unknown = []
-    for name, tensor in state_dict.items():
+    for name, tensor in _stack_projections(state_dict).items():
         if name.endswith(".adaptive_mask.mask_template"):
             continue  # a constant
         ours = _our_name(name)
@@ -112,7 +110,7 @@ def _released_to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"not a checkpoint of a released adaptive-span network: {some(unknown)} "
             "tensors unknown to it"
         )
-    return _stack_projections(tensors)
+    return tensors
 
 
 def _check_attention(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
