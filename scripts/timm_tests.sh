@@ -6,6 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 names="qna_vit_tiny ga_convnext_tiny ga_cswin_tiny ga_resnet50 ga_vit_small cswin_tiny ga_backbone"
+names="$names sa_resnet_small_adaptive"
 if [ "${1:-}" = "--all" ]; then
     names=$("$PYTHON" -c 'import timm, qna_timm.models as m
 print(*(n for n in timm.list_models() if timm.model_entrypoint(n).__module__.startswith(m.__name__)))')

@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 from qna_timm.convert.span import _PROJECTIONS, _our_name
-from qna_timm.layers import AdaptiveSpan, AugmentedConv2d, SpanAttention
+from qna_timm.layers import AdaptiveSpan, AugmentedConv2d
 from qna_timm.models.sa_resnet import SAResNet, checkpoint_filter_fn
 
 GOLDEN = info("sa_resnet")
@@ -29,7 +29,6 @@ COUNTS = {
     "medium": (2_109_828, 1_589_988, 1_603_444, 2_456_308),
     "large": (3_090_820, 2_229_476, 2_257_288, 3_806_952),
 }
-IMAGENET = {26: 10.3e6, 38: 14.1e6, 50: 18.0e6}
 X = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, 32, 32)).astype(np.float32))
 
 
@@ -107,40 +106,6 @@ def test_parameter_counts_of_other_constructions() -> None:
     ):
         model = timm.create_model(f"sa_resnet_{name}", device="meta", **kwargs)
         assert sum(p.numel() for p in model.parameters()) == wanted, name
-
-
-@pytest.mark.parametrize("depth", IMAGENET)
-def test_imagenet_networks(depth: int) -> None:
-    """Parameters, and attention as their paper has it: 7x7, eight heads with both axes each."""
-    model = timm.create_model(f"sa_resnet{depth}", device="meta")
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(IMAGENET[depth], rel=0.02)
-    layers = [m for m in model.modules() if isinstance(m, SpanAttention)]
-    assert depth == 3 * len(layers) + 2
-    assert not any(
-        isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules()
-    )
-    for layer in layers:
-        assert (layer.kernel_size, layer.num_heads, layer.rel_axes) == (7, 8, "both")
-    learned = timm.create_model(f"sa_resnet{depth}_adaptive", device="meta")
-    spans = [m for m in learned.modules() if isinstance(m, AdaptiveSpan)]
-    assert len(spans) == len(layers) and all(s.max_span == 5 for s in spans)
-
-
-def test_pooling_after_attention() -> None:
-    """Stages of the ImageNet networks average right behind the attention, others at the end."""
-    torch.manual_seed(0)
-    model = timm.create_model("sa_resnet26", channels=(16, 16, 32, 32), num_classes=2).eval()
-    block = model.stages[1][0]
-    x = torch.randn(1, 64, 8, 8)
-    y = torch.nn.functional.avg_pool2d(block.spatial(block.conv1(x)), 2)
-    y = block.conv3(block.norm2(y)) + block.shortcut(x)
-    torch.testing.assert_close(block(x), y.relu())
-    block = small_model("cnn").stages[0][0]
-    x = torch.randn(1, 32, 8, 8)
-    y = block.conv3(block.norm2(block.spatial(block.conv1(x))))
-    torch.testing.assert_close(
-        block(x), (torch.nn.functional.avg_pool2d(y, 2) + block.shortcut(x)).relu()
-    )
 
 
 def test_state_dict_names() -> None:
@@ -313,8 +278,13 @@ def test_init_weights_after_to_empty(kind: str) -> None:
     model.init_weights()
     torch.manual_seed(0)
     fresh = timm.create_model(f"sa_resnet_small_{kind}", **kwargs)
-    for name, tensor in model.state_dict().items():
-        assert tensor.isfinite().all() and tensor.min() >= fresh.state_dict()[name].min() - 3, name
+    for name, tensor in fresh.state_dict().items():
+        found, wanted = model.state_dict()[name].double(), tensor.double()
+        assert found.isfinite().all(), name
+        if wanted.numel() < 100 or wanted.std() == 0:
+            assert found.abs().max() <= 2 * wanted.abs().max() + 0.1, name
+        else:
+            assert float(found.std()) == pytest.approx(float(wanted.std()), rel=0.3), name
     assert model(X).isfinite().all()
 
 

@@ -1,5 +1,6 @@
 """Architectures; importing this package registers them with timm."""
 
+import qna_timm.models.sa_resnet_imagenet  # noqa: F401 - registers its models
 from qna_timm.models.cswin import CSWin
 from qna_timm.models.ga_backbone import GramianBackbone
 from qna_timm.models.ga_convnext import GramianConvNeXt

@@ -1,18 +1,14 @@
 """ResNets of stand-alone self-attention, in windows that are fixed or learned.
 
-Papers:
-"Adaptive Attention Span in Computer Vision", https://arxiv.org/abs/2004.08708: small, medium and
-large networks for images of 32 or 64 pixels. Released code (MIT licence):
-https://github.com/JoeRoussy/adaptive-attention-in-cv; `checkpoint_filter_fn` reads its checkpoints.
-"Stand-Alone Self-Attention in Vision Models", https://arxiv.org/abs/1906.05909: networks of 26, 38
-and 50 layers for ImageNet.
+Paper: "Adaptive Attention Span in Computer Vision", https://arxiv.org/abs/2004.08708
+Released code: https://github.com/JoeRoussy/adaptive-attention-in-cv (MIT licence);
+`checkpoint_filter_fn` reads its checkpoints. Networks for ImageNet: sa_resnet_imagenet.py.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     ConvNormAct,
@@ -328,7 +324,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: SAResNet) -> dict[st
     return span_state_dict(state_dict, model)
 
 
-def _create_sa_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SAResNet:
+def create_sa_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SAResNet:
+    """Builds a registered model; kwargs are those of `SAResNet`."""
     return build_model_with_cfg(
         SAResNet,
         variant,
@@ -358,169 +355,99 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-_IMAGENET_CFG = _cfg(
-    num_classes=1000,
-    input_size=(3, 224, 224),
-    pool_size=(7, 7),
-    crop_pct=0.875,
-    mean=IMAGENET_DEFAULT_MEAN,
-    std=IMAGENET_DEFAULT_STD,
-    license=None,
-    paper_ids="arXiv:1906.05909",
-    paper_name="Stand-Alone Self-Attention in Vision Models",
-    origin_url=None,
-)
 _SIZES = ("small", "medium", "large")
 default_cfgs = generate_default_cfgs(
     {
-        **{
-            f"sa_resnet_{size}_{kind}.untrained": _cfg()
-            for size in _SIZES
-            for kind in SPATIAL_LAYERS
-        },
-        **{
-            f"sa_resnet{depth}{kind}.untrained": _IMAGENET_CFG
-            for depth in (26, 38, 50)
-            for kind in ("", "_adaptive")
-        },
+        f"sa_resnet_{size}_{spatial}.untrained": _cfg()
+        for size in _SIZES
+        for spatial in SPATIAL_LAYERS
     }
 )
 
 _SMALL = dict(layers=(1, 1, 1), channels=(32, 64, 128), strides=(2, 2, 2))
 _MEDIUM = dict(layers=(1, 1, 1, 1), channels=(32, 64, 128, 256), strides=(1, 2, 2, 2))
 _LARGE = dict(layers=(1, 3, 4, 1), channels=(32, 64, 128, 256), strides=(1, 2, 2, 2))
-_IMAGENET = dict(
-    channels=(64, 128, 256, 512),
-    strides=(1, 2, 2, 2),
-    stem_type="conv7_pool",
-    pool_attn=True,
-    kernel_size=7,
-    num_heads=8,
-    rel_axes="both",
-)
 
 
 @register_model
 def sa_resnet_small_cnn(pretrained: bool = False, **kwargs: Any) -> SAResNet:
     """Small network, convolutions: 546,180 parameters at 100 classes."""
     model_args = dict(_SMALL, spatial="cnn", kernel_size=3)
-    return _create_sa_resnet("sa_resnet_small_cnn", pretrained, **dict(model_args, **kwargs))
+    return create_sa_resnet("sa_resnet_small_cnn", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sa_resnet_small_local(pretrained: bool = False, **kwargs: Any) -> SAResNet:
     """Small network, attention in windows of 5x5: 418,276 parameters at 100 classes."""
     model_args = dict(_SMALL, spatial="local")
-    return _create_sa_resnet("sa_resnet_small_local", pretrained, **dict(model_args, **kwargs))
+    return create_sa_resnet("sa_resnet_small_local", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sa_resnet_small_adaptive(pretrained: bool = False, **kwargs: Any) -> SAResNet:
     """Small network, attention in learned windows: 424,560 parameters at 100 classes."""
     model_args = dict(_SMALL, spatial="adaptive")
-    return _create_sa_resnet("sa_resnet_small_adaptive", pretrained, **dict(model_args, **kwargs))
+    return create_sa_resnet("sa_resnet_small_adaptive", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sa_resnet_small_augmented(pretrained: bool = False, **kwargs: Any) -> SAResNet:
     """Small network, attention-augmented 3x3 convolutions: 707,984 parameters at 100 classes."""
     model_args = dict(_SMALL, spatial="augmented", kernel_size=3)
-    return _create_sa_resnet("sa_resnet_small_augmented", pretrained, **dict(model_args, **kwargs))
+    return create_sa_resnet("sa_resnet_small_augmented", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sa_resnet_medium_cnn(pretrained: bool = False, **kwargs: Any) -> SAResNet:
     """Medium network, convolutions: 2,109,828 parameters at 100 classes."""
     model_args = dict(_MEDIUM, spatial="cnn", kernel_size=3)
-    return _create_sa_resnet("sa_resnet_medium_cnn", pretrained, **dict(model_args, **kwargs))
+    return create_sa_resnet("sa_resnet_medium_cnn", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sa_resnet_medium_local(pretrained: bool = False, **kwargs: Any) -> SAResNet:
     """Medium network, attention in windows of 5x5: 1,589,988 parameters at 100 classes."""
     model_args = dict(_MEDIUM, spatial="local")
-    return _create_sa_resnet("sa_resnet_medium_local", pretrained, **dict(model_args, **kwargs))
+    return create_sa_resnet("sa_resnet_medium_local", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sa_resnet_medium_adaptive(pretrained: bool = False, **kwargs: Any) -> SAResNet:
     """Medium network, attention in learned windows: 1,603,444 parameters at 100 classes."""
     model_args = dict(_MEDIUM, spatial="adaptive")
-    return _create_sa_resnet("sa_resnet_medium_adaptive", pretrained, **dict(model_args, **kwargs))
+    return create_sa_resnet("sa_resnet_medium_adaptive", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sa_resnet_medium_augmented(pretrained: bool = False, **kwargs: Any) -> SAResNet:
     """Medium network, attention-augmented 3x3 convolutions: 2,456,308 parameters at 100 classes."""
     model_args = dict(_MEDIUM, spatial="augmented", kernel_size=3)
-    return _create_sa_resnet("sa_resnet_medium_augmented", pretrained, **dict(model_args, **kwargs))
+    return create_sa_resnet("sa_resnet_medium_augmented", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sa_resnet_large_cnn(pretrained: bool = False, **kwargs: Any) -> SAResNet:
     """Large network, convolutions: 3,090,820 parameters at 100 classes."""
     model_args = dict(_LARGE, spatial="cnn", kernel_size=3)
-    return _create_sa_resnet("sa_resnet_large_cnn", pretrained, **dict(model_args, **kwargs))
+    return create_sa_resnet("sa_resnet_large_cnn", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sa_resnet_large_local(pretrained: bool = False, **kwargs: Any) -> SAResNet:
     """Large network, attention in windows of 5x5: 2,229,476 parameters at 100 classes."""
     model_args = dict(_LARGE, spatial="local")
-    return _create_sa_resnet("sa_resnet_large_local", pretrained, **dict(model_args, **kwargs))
+    return create_sa_resnet("sa_resnet_large_local", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sa_resnet_large_adaptive(pretrained: bool = False, **kwargs: Any) -> SAResNet:
     """Large network, attention in learned windows: 2,257,288 parameters at 100 classes."""
     model_args = dict(_LARGE, spatial="adaptive")
-    return _create_sa_resnet("sa_resnet_large_adaptive", pretrained, **dict(model_args, **kwargs))
+    return create_sa_resnet("sa_resnet_large_adaptive", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sa_resnet_large_augmented(pretrained: bool = False, **kwargs: Any) -> SAResNet:
     """Large network, attention-augmented 3x3 convolutions: 3,806,952 parameters at 100 classes."""
     model_args = dict(_LARGE, spatial="augmented", kernel_size=3)
-    return _create_sa_resnet("sa_resnet_large_augmented", pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def sa_resnet26(pretrained: bool = False, **kwargs: Any) -> SAResNet:
-    """SA-ResNet-26, windows of 7x7: 10.3 M parameters."""
-    model_args = dict(_IMAGENET, layers=(1, 2, 4, 1), spatial="local")
-    return _create_sa_resnet("sa_resnet26", pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def sa_resnet26_adaptive(pretrained: bool = False, **kwargs: Any) -> SAResNet:
-    """SA-ResNet-26, learned windows (11x11 at most): 10.4 M parameters."""
-    model_args = dict(_IMAGENET, layers=(1, 2, 4, 1), spatial="adaptive")
-    return _create_sa_resnet("sa_resnet26_adaptive", pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def sa_resnet38(pretrained: bool = False, **kwargs: Any) -> SAResNet:
-    """SA-ResNet-38, windows of 7x7: 14.2 M parameters."""
-    model_args = dict(_IMAGENET, layers=(2, 3, 5, 2), spatial="local")
-    return _create_sa_resnet("sa_resnet38", pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def sa_resnet38_adaptive(pretrained: bool = False, **kwargs: Any) -> SAResNet:
-    """SA-ResNet-38, learned windows (11x11 at most): 14.3 M parameters."""
-    model_args = dict(_IMAGENET, layers=(2, 3, 5, 2), spatial="adaptive")
-    return _create_sa_resnet("sa_resnet38_adaptive", pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def sa_resnet50(pretrained: bool = False, **kwargs: Any) -> SAResNet:
-    """SA-ResNet-50, windows of 7x7: 18.0 M parameters."""
-    model_args = dict(_IMAGENET, layers=(3, 4, 6, 3), spatial="local")
-    return _create_sa_resnet("sa_resnet50", pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def sa_resnet50_adaptive(pretrained: bool = False, **kwargs: Any) -> SAResNet:
-    """SA-ResNet-50, learned windows (11x11 at most): 18.1 M parameters."""
-    model_args = dict(_IMAGENET, layers=(3, 4, 6, 3), spatial="adaptive")
-    return _create_sa_resnet("sa_resnet50_adaptive", pretrained, **dict(model_args, **kwargs))
+    return create_sa_resnet("sa_resnet_large_augmented", pretrained, **dict(model_args, **kwargs))
