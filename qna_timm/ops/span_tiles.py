@@ -24,7 +24,7 @@ from qna_timm.ops.span_attn import off_map, span_offsets
 # this small smaller ones waste less.
 TILE = (4, 8)
 # Scores at a time: what caches hold on a CPU, enough to fill a GPU.
-CPU_SCORES = 2**19
+CPU_SCORES = 2**20
 GPU_SCORES = 2**26
 
 
@@ -109,24 +109,13 @@ class _Grid:
         (down, across), (halo_h, halo_w) = self.tile, self.halo
         num, cols = rows.stop - rows.start, self.tiles[1]
         tiles = tiles.view(out.shape[0], num, cols, halo_h, halo_w, out.shape[3])
+        stride = out.stride()
         # halos overlap; pieces of them as large as a tile do not
         for top in range(0, halo_h, down):
-            piece_h = min(down, halo_h - top)
-            first = rows.start * down + top
             for left in range(0, halo_w, across):
-                piece_w = min(across, halo_w - left)
-                piece = tiles[:, :, :, top : top + piece_h, left : left + piece_w]
-                place = out[:, first:, left:]
-                place = place.as_strided(
-                    (out.shape[0], num, cols, piece_h, piece_w, out.shape[3]),
-                    (
-                        out.stride(0),
-                        down * out.stride(1),
-                        across * out.stride(2),
-                        out.stride(1),
-                        out.stride(2),
-                        1,
-                    ),
+                piece = tiles[:, :, :, top : top + down, left : left + across]
+                place = out[:, rows.start * down + top :, left:].as_strided(
+                    piece.shape, (stride[0], down * stride[1], across * stride[2], *stride[1:])
                 )
                 place.add_(piece)
 
@@ -148,9 +137,9 @@ class _Workspace:
     def get(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A buffer of this shape, zeros at first, then what was left in it."""
         buffer = self.buffers.get(name)
-        if buffer is None or buffer.shape != shape:
+        if buffer is None or buffer.shape[1:] != shape[1:] or len(buffer) < shape[0]:
             buffer = self.buffers[name] = torch.zeros(shape, dtype=self.dtype, device=like.device)
-        return buffer
+        return buffer[: shape[0]]
 
     def frame(self, name: str, grid: _Grid, x: Tensor) -> Tensor:
         """A map [n, H, W, d] with zeros around it."""
@@ -174,6 +163,10 @@ class _Head:
         self.grid, self.work = grid, work
         self.rel_pos = rel_pos  # d, 2*k
         self.mask, self.floor, self.outside = mask, floor, outside
+        # one pass less where looking costs no wait: with rel_axes='split' heads see one axis
+        self.only_cols = self.only_rows = False
+        if rel_pos.device.type == "cpu":
+            self.only_cols, self.only_rows = (not table.any() for table in rel_pos.chunk(2, dim=1))
         self.total: Tensor | None = mask
         self.excluded: Tensor | None = None
         if mask is not None:
@@ -202,8 +195,12 @@ class _Head:
         by_row, by_col = torch.matmul(query, self.rel_pos).view(*shape, -1).chunk(2, dim=3)
         band = self._products(query, key, "scores")
         scores = self.work.get("exps", query, tuple(band.shape))
-        torch.add(band, by_row[..., None], out=scores)
-        scores.add_(by_col[..., None, :])
+        if self.only_cols:
+            torch.add(band, by_col[..., None, :], out=scores)
+        else:
+            torch.add(band, by_row[..., None], out=scores)
+            if not self.only_rows:
+                scores.add_(by_col[..., None, :])
         if self.excluded is not None:
             scores.masked_fill_(self.excluded, float("-inf"))
         if self.outside is not None:
