@@ -25,7 +25,6 @@ _HEAD_COLOURS = (
     "#8f7a2a",
     "#c25f9a",
 )
-_RADIUS_COLOUR = "#8a8f98"
 _MAX_PANELS_ACROSS = 5
 
 
@@ -74,8 +73,7 @@ def write_spans(folder: Path, rows: Sequence[Mapping[str, Any]], title: str | No
 def draw_spans(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw spans against epochs as a PNG: a panel for each layer, a line for each head.
 
-    A dashed step shows the running radius, (kernel - 1) / 2, which is that of the widest head with
-    its ramp.
+    Above each panel stands the kernel that its heads ran in after the first and the last epoch.
 
     Args:
         rows: Rows of the summary, all with ``spans``.
@@ -95,9 +93,9 @@ def draw_spans(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
         axes.set_axis_off()
     for axes, name in zip(panels, names, strict=False):
         _draw_layer(axes, name, [row for row in rows if name in row["spans"]])
-    panels[0].set_ylim(bottom=-0.1)
+    panels[0].set_ylim(bottom=-0.03 * panels[0].get_ylim()[1])
     for axes in panels[::across]:
-        axes.set_ylabel("pixels")
+        axes.set_ylabel("span (pixels)")
     for axes in panels[max(0, len(names) - across) : len(names)]:
         axes.set_xlabel("epoch")
         axes.tick_params(labelbottom=True)
@@ -115,23 +113,13 @@ def _draw_layer(axes: Any, name: str, rows: Sequence[Mapping[str, Any]]) -> None
     layers = [row["spans"][name] for row in rows]
     epochs = [row["epoch"] + 1 for row in rows]
     marker = "o" if len(rows) == 1 else ""
-    radii = [(layer["kernel"] - 1) // 2 for layer in layers]
-    axes.step(
-        epochs,
-        radii,
-        "--",
-        where="mid",
-        marker=marker,
-        color=_RADIUS_COLOUR,
-        label="running radius",
-        linewidth=1.2,
-    )
     for head in range(len(layers[-1]["span_px"])):
         colour = _HEAD_COLOURS[head % len(_HEAD_COLOURS)]
         pixels = [layer["span_px"][head] for layer in layers]
-        label = f"span, head {head}"
+        label = f"head {head}"
         axes.plot(epochs, pixels, marker=marker, color=colour, label=label, linewidth=1.6)
-    axes.set_title(f"{name}, kernel {layers[-1]['kernel']}", fontsize=9)
+    kernels = dict.fromkeys((layers[0]["kernel"], layers[-1]["kernel"]))
+    axes.set_title(f"{name}, kernel {' → '.join(map(str, kernels))}", fontsize=9)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
