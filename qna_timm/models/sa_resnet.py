@@ -78,7 +78,7 @@ class SAResNet(nn.Module):
         impl: See `qna_timm.ops.span_attention`.
         key_dim: Channels of queries in augmented convolutions.
         value_dim: Channels that attention gives in augmented convolutions.
-        relative: Relative vectors in augmented convolutions.
+        relative: Relative vectors in augmented convolutions, of offsets up to 31 pixels.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
         act_layer: Activation.
