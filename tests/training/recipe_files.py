@@ -5,9 +5,14 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
-RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*/*.yaml"))}
+RECIPES = {
+    # every family has its digits
+    f"{path.parent.name}_digits" if path.stem == "digits" else path.stem: path
+    for path in sorted((ROOT / "configs").glob("*/*.yaml"))
+}
 QNA = [name for name in RECIPES if name.startswith("qna_")]
 GRAMIAN = [name for name in RECIPES if name.startswith(("ga_", "ablation_"))]
+SPAN = [name for name in RECIPES if name.startswith("sa_resnet_")]
 ABLATIONS = [name for name in GRAMIAN if name.startswith("ablation_")]
 FINETUNE = "qna_vit_base_384_finetune"
 
