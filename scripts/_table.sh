@@ -10,16 +10,23 @@
 #   WEIGHTS     the same for --weights-dir; empty for the run folders
 #   TRAIN_ONLY  pattern of rows that only `train` runs (may be empty)
 #   KEPT        row whose run another one starts from: a smoke run keeps its files (may be empty)
+#   DATA_HELP   what --data-dir is, in the help; ImageNet's folders if not set
+#   PROCESS_COUNTS  numbers of processes that --nproc takes; 1 2 4 8 if not set
+#   TEST_AFTER  not empty where recipes validate on a part of the training images: `train` scores what
+#               it has trained as `eval` does, on the test images
+#   TABLE_NOTE  a line below the tables
 # and may define train_arguments ROW, which adds to the array `arguments` of train.py.
 
 script=$(basename -- "$0")
+data=${DATA_HELP:-'ImageNet: train/ and validation/ (or val/) with class folders'}
+nprocs=${PROCESS_COUNTS:-1 2 4 8}
 
 usage() {
   cat <<TEXT
 usage: scripts/$script train|eval [options]
-  --data-dir DIR     ImageNet: train/ and validation/ (or val/) with class folders
+  --data-dir DIR     $data
   --rows A,B         only these rows, or patterns of them; all of the table otherwise
-  --nproc N          processes (GPUs), 1, 2, 4 or 8; 1 if not given
+  --nproc N          processes (GPUs), one of $nprocs; 1 if not given
   --weights-dir DIR  weights to validate: ROW.safetensors, a run folder ROW, or the authors' ROW (file
                      or folder), which is converted; ./${WEIGHTS:-$OUTPUT} if not given
   --output DIR       run folders, resumed if they are there; ./$OUTPUT if not given
@@ -81,7 +88,7 @@ for pattern in "${patterns[@]}"; do
   done
   [[ -n $found ]] || fail "--rows: no row '$pattern' in $mode; there are ${all_rows[*]}"
 done
-[[ $nproc =~ ^(1|2|4|8)$ ]] || fail "--nproc must be 1, 2, 4 or 8 to keep the recipes' global batch, found '$nproc'"
+[[ $nproc =~ ^(${nprocs// /|})$ ]] || fail "--nproc must be one of $nprocs to keep the recipes' global batch, found '$nproc'"
 weights_dir=${weights_dir:-${WEIGHTS:-${output:-$OUTPUT}}}
 if [[ -z $smoke ]]; then
   [[ -n $data_dir ]] || fail "--data-dir is needed (or --smoke)"
@@ -133,21 +140,38 @@ print(f"{max(values):.2f}" if values else "not run")
 CODE
 }
 
+# Let a row's dataset be downloaded; into the array `arguments`.
+download_arguments() {
+  [[ $(recipe_value "$1" dataset) != torch/* ]] || arguments+=(--dataset-download)
+}
+
 train_row() {
   local row=$1
   local arguments=(--config "$RECIPES/$row.yaml" --output "$output" --experiment "$row" --resume auto)
   if [[ -n $smoke ]]; then
     arguments+=(--smoke)
   else
-    # The recipe's global batch, whatever the number of processes, by accumulation.
+    # The recipe's global batch, whatever the number of processes: by accumulation, or, where there
+    # are fewer batches than processes, in smaller ones.
+    local batch steps=$(($(recipe_value "$row" grad_accum_steps) * PROCESSES))
     arguments+=(--data-dir "$data_dir")
-    arguments+=(--grad-accum-steps $(($(recipe_value "$row" grad_accum_steps) * PROCESSES / nproc)))
+    if ((steps >= nproc)); then
+      arguments+=(--grad-accum-steps $((steps / nproc)))
+    else
+      batch=$(recipe_value "$row" batch_size)
+      arguments+=(--grad-accum-steps 1 --batch-size $((batch * steps / nproc)))
+    fi
+    download_arguments "$row"
   fi
   if declare -F train_arguments >/dev/null; then
     train_arguments "$row"
   fi
   launch train.py "${arguments[@]}" >&2 || return 1
-  best_top1 "$output/$row/summary.csv" || return 1
+  if [[ -n ${TEST_AFTER:-} ]]; then
+    score "$row" "$output/$row/best.safetensors" || return 1
+  else
+    best_top1 "$output/$row/summary.csv" || return 1
+  fi
   if [[ $output == "$temporary"/* && $row != "${KEPT:-}" ]]; then
     rm -rf -- "${output:?}/$row" # a GB for a large model
   fi
@@ -181,15 +205,21 @@ CODE
 }
 
 eval_row() {
-  local row=$1 file results key model_kwargs
+  local row=$1 file
   file=$(weights_of "$row") || return 1
   if [[ -z $file ]]; then
     printf '%s: no %s or %s.safetensors in %s\n' "$script" "$row" "$row" "$weights_dir" >&2
     printf 'not run\n'
     return
   fi
+  score "$row" "$file" || return 1
+  [[ -z $smoke ]] || rm -f -- "$file"
+}
+
+# Top-1 of a row's weights on the validation images, or test images of a dataset that has them.
+score() {
+  local row=$1 file=$2 results=$output/$1.eval.json dataset key model_kwargs
   mkdir -p "$output"
-  results=$output/$row.eval.json
   local arguments=(--model "$(recipe_value "$row" model)" --checkpoint "$file" --results-file "$results")
   read -ra model_kwargs <<<"$(recipe_value "$row" model_kwargs)"
   ((${#model_kwargs[@]} == 0)) || arguments+=(--model-kwargs "${model_kwargs[@]}")
@@ -197,13 +227,15 @@ eval_row() {
     arguments+=(--dataset sklearn/digits --num-classes 10 --img-size 32 --num-samples 32 -b 32 -j 0)
   else
     arguments+=(--data-dir "$data_dir")
+    dataset=$(recipe_value "$row" dataset)
+    [[ -z $dataset ]] || arguments+=(--dataset "$dataset" --split validation)
+    download_arguments "$row"
     for key in img_size crop_pct interpolation; do
       arguments+=("--${key//_/-}" "$(recipe_value "$row" "$key")")
     done
   fi
   launch validate.py "${arguments[@]}" >&2 || return 1
-  "$PYTHON" -c 'import json, sys; print(format(json.load(open(sys.argv[1]))["top1"], ".2f"))' "$results" || return 1
-  [[ -z $smoke ]] || rm -f -- "$file"
+  "$PYTHON" -c 'import json, sys; print(format(json.load(open(sys.argv[1]))["top1"], ".2f"))' "$results"
 }
 
 # A table of |-parted lines in Markdown, columns aligned.
@@ -260,5 +292,6 @@ while IFS= read -r line; do
   fi
 done <<<"$TABLES"
 flush_table
+[[ -z ${TABLE_NOTE:-} ]] || printf '%s\n' "$TABLE_NOTE"
 [[ -z $smoke ]] || printf '(smoke run: two updates or 32 images; "Ours" says nothing but that it ran)\n'
 exit "$failed"

@@ -17,6 +17,7 @@ from recipe_files import (
     QNA,
     RECIPES,
     ROOT,
+    SPAN,
     header,
     settings_of,
 )
@@ -95,7 +96,7 @@ def test_recipe_opens_with_what_a_reader_needs(name):
     assert batch * accumulation * PROCESSES[family] == 1024
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", [*PAPERS, *SPAN])
 def test_recipe_without_data_does_not_learn_digits(name):
     with pytest.raises(Exception, match="--data-dir"):
         parse_train_args(["--config", str(RECIPES[name])], QUICKSTART)

@@ -6,7 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from recipe_files import ABLATIONS, FINETUNE, GRAMIAN, PAPER_TOP1, QNA, ROOT, header, settings_of
+from recipe_files import (
+    ABLATIONS,
+    FINETUNE,
+    GRAMIAN,
+    PAPER_TOP1,
+    QNA,
+    ROOT,
+    SPAN,
+    header,
+    settings_of,
+)
 
 SCRIPTS = ("qna_table.sh", "gramian_table.sh", "gramian_ablation.sh")
 
@@ -16,7 +26,7 @@ def table_rows(script):
     text = (ROOT / "scripts" / script).read_text(encoding="utf-8")
     lines = re.search(r"TABLES='(.+?)'", text, flags=re.S)[1].split("\n")
     rows = {fields[0]: fields[1:] for fields in (line.split("|") for line in lines)}
-    return {name: fields for name, fields in rows.items() if name in (*QNA, *GRAMIAN)}
+    return {name: fields for name, fields in rows.items() if name in (*QNA, *GRAMIAN, *SPAN)}
 
 
 def run_script(script, *argv, **env):
@@ -35,6 +45,7 @@ def run_table(*argv, **env):
 
 def test_every_recipe_has_its_row():
     assert sorted(table_rows("qna_table.sh")) == QNA
+    assert sorted(table_rows("span_table.sh")) == SPAN
     main, ablations = table_rows("gramian_table.sh"), table_rows("gramian_ablation.sh")
     assert sorted([*main, *ABLATIONS]) == sorted(GRAMIAN)
     assert set(ablations) - set(ABLATIONS) == {name for name in main if "cswin" not in name}
@@ -55,6 +66,15 @@ def test_rows_say_what_recipes_say(script):
         if name in ABLATIONS:
             branches = settings_of(name).get("model_kwargs", {"num_branches": 5})["num_branches"]
             assert fields[2:4] == [str(branches), f"{settings_of(name)['ga_lam']:g}"]
+
+
+def test_span_rows_say_what_recipes_say():
+    for name, fields in table_rows("span_table.sh").items():
+        window, parameters, gmacs = fields  # no figure of the paper
+        counts = f"As we count: {parameters.removesuffix('M')} M parameters, {gmacs} GMACs"
+        assert counts in header(name)
+        side = settings_of(name)["model_kwargs"].get("kernel_size")
+        assert window == ("learned" if side is None else "3x3 convolution" if side == 3 else "5x5")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +126,32 @@ def test_any_number_of_processes_keeps_the_global_batch(processes, tmp_path):
             assert (processes == 1) != (f"--nproc_per_node={processes} " in command)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_span_rows_are_trained_on_a_part_and_scored_on_the_test_images(processes, tmp_path):
+    """Batches of 50 in all, not accumulated; no figure of the paper beside ours."""
+    name = "sa_resnet_medium_local"
+    argv = ["--rows", name, "--data-dir", tmp_path, "--output", tmp_path, "--nproc", processes]
+    result = run_script("span_table.sh", "train", *argv, PYTHON="echo")
+    lines = result.stderr.splitlines()
+    train, validate = (
+        next(line for line in lines if script in line) for script in ("train.py", "validate.py")
+    )
+    assert lines.index(train) < lines.index(validate)
+    assert "--grad-accum-steps 1 " in train and "--dataset-download" in train
+    assert ("--batch-size" in train) == (processes == 2) == ("--batch-size 25" in train)
+    assert f"--checkpoint {tmp_path}/{name}/best.safetensors" in validate
+    assert "--dataset torch/cifar100 --split validation --dataset-download" in validate
+    assert "--model-kwargs kernel_size=5 num_heads=4" in validate
+    assert "the paper's accuracies are not known to us" in result.stdout
+    assert "paper" not in result.stdout.splitlines()[0].lower()
+
+
+def test_span_table_refuses_processes_that_do_not_divide_its_batch():
+    result = run_script("span_table.sh", "train", "--smoke", "--nproc", 4, PYTHON="false")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "one of 1 2" in result.stderr and "'4'" in result.stderr
+
+
 def test_row_is_validated_as_its_recipe_says(tmp_path):
     name = "ablation_vit_small_branches1_lam0.4"
     (tmp_path / name).mkdir()
@@ -126,14 +172,15 @@ def test_row_is_validated_as_its_recipe_says(tmp_path):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize(
-    "script, row",
+    "script, row, known",
     [
-        ("qna_table.sh", "qna_vit_tiny"),
-        ("gramian_table.sh", "ga_vit_small"),
-        ("gramian_ablation.sh", "ablation_vit_small_branches1_lam0.8"),
+        ("qna_table.sh", "qna_vit_tiny", r"81\.7"),
+        ("gramian_table.sh", "ga_vit_small", r"80\.9"),
+        ("gramian_ablation.sh", "ablation_vit_small_branches1_lam0.8", r"78\.2"),
+        ("span_table.sh", "sa_resnet_small_adaptive", r"learned \| +0\.42M \| 0\.039"),
     ],
 )
-def test_table_script_runs_a_row(script, row, mode):
+def test_table_script_runs_a_row(script, row, known, mode):
     result = run_script(script, mode, "--smoke", "--rows", row)
     assert result.returncode == 0, result.stderr
-    assert re.search(rf"\| {row} +\| .* \d\d\.\d \| +\d+\.\d\d \|", result.stdout)
+    assert re.search(rf"\| {row} +\| .*{known} \| +\d+\.\d\d \|", result.stdout)
