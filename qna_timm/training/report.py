@@ -242,9 +242,7 @@ def write_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         replacing(folder / SUMMARY_NAME) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.DictWriter(
-            file, [*columns, "lr"], extrasaction="ignore", lineterminator="\n"
-        )
+        writer = csv.DictWriter(file, [*columns, "lr"], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
