@@ -139,6 +139,19 @@ def test_graphs(relative: bool) -> None:
         assert relative_error(conv(x).float(), wanted.detach().numpy()) < 0.05
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_compiled_gradients_of_any_size(relative: bool) -> None:
+    conv = layer(relative=relative, dtype=torch.float32)
+    compiled = torch.compile(conv, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in ((5, 6), (7, 4)):
+        x = torch.randn(2, 3, *size)
+        grads = [
+            torch.autograd.grad(run(x).square().mean(), list(conv.parameters()))
+            for run in (compiled, conv)
+        ]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "kwargs, message",
     [

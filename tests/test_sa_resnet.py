@@ -319,8 +319,7 @@ def test_half_precision(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_compile_in_one_graph(kind: str) -> None:
     """Forward and backward traced whole (without the code generator), also at another size."""
-    kwargs = dict(relative=True) if kind == "augmented" else {}
-    model = small_model(kind, layers=(1,), channels=(16,), strides=(2,), num_classes=5, **kwargs)
+    model = small_model(kind, layers=(1,), channels=(16,), strides=(2,), num_classes=5)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X), model(X), rtol=1e-4, atol=1e-5)
     compiled(X).mean().backward()

@@ -49,6 +49,13 @@ def append_relative(
     return torch.cat([query, rows, cols], dim=3), torch.cat([key, marks], dim=3)
 
 
+def _widen(x: Tensor, width: int) -> Tensor:
+    """Zeros behind the last dimension's values, up to a width."""
+    # not F.pad: its compiled gradient has other strides than promised where sizes are symbolic
+    batch, heads, positions, found = x.shape
+    return torch.cat([x, x.new_zeros([batch, heads, positions, width - found])], dim=3)
+
+
 @register_notrace_function
 def global_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale * query key^T) value, computed in one width, a multiple of 8.
@@ -66,11 +73,9 @@ def global_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     Returns:
         [B, h, N, values].
     """
-    key_width, value_width = query.shape[3], value.shape[3]
-    width = (max(key_width, value_width) + 7) // 8 * 8
-    query = F.pad(query, (0, width - key_width))
-    key = F.pad(key, (0, width - key_width))
-    value = F.pad(value, (0, width - value_width))
+    value_width = value.shape[3]
+    width = (max(query.shape[3], value_width) + 7) // 8 * 8
+    query, key, value = _widen(query, width), _widen(key, width), _widen(value, width)
     return F.scaled_dot_product_attention(query, key, value, scale=scale)[..., :value_width]
 
 
