@@ -113,6 +113,9 @@ def test_running_radius() -> None:
     assert AdaptiveSpan(1, span_ramp=2.3).running_radius() == 3
     assert AdaptiveSpan(1, span_ramp=2.3, exact_radius=True).running_radius() == 4
     assert AdaptiveSpan(1, max_span=9, span_init=1.0).running_radius() == 9
+    diverged = AdaptiveSpan(2)
+    diverged.span.data.fill_(float("nan"))
+    assert diverged.running_radius() == 5
 
 
 def test_span_state() -> None:

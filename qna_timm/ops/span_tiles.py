@@ -1,9 +1,12 @@
 """Local self-attention tile by tile, with its gradient written out.
 
-A tile of T = th*tw neighbouring queries sees S = (th+2p)*(tw+2p) keys. Their products are one
-matrix product [T, d] x [d, S], of which each query's window is a strided view, the band. Only a few
-tiles' scores exist at a time, in the processor's cache; for backward they are computed anew from
-the queries, keys and two numbers per query.
+A tile of T = th*tw neighbouring queries sees S = (th+2p)*(tw+2p) keys. Scores are one matrix
+product of each tile, [T, d+a] x [d+a, S]: beside the d channels, queries hold their products with
+the relative vectors of every row and column of the tile's keys, keys the one-hot index of theirs,
+so that relative scores come along; a query's rows and columns outside of its window hold a number
+so negative that softmax makes nothing of them. So everything after is softmax and matrix products
+of small dense matrices. Only a few tiles' scores exist at a time, in the processor's cache; for
+backward they are computed anew.
 
 Letters: B batch, H W map, C = h*d channels, h heads, d head_dim, k kernel_size, K = k*k offsets,
 p = (k-1)/2 radius; R, Q tiles down and across, N = images * R * Q tiles at a time.
@@ -11,263 +14,116 @@ p = (k-1)/2 radius; R, Q tiles down and across, N = images * R * Q tiles at a ti
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from qna_timm.ops.span_attn import off_map, span_offsets
+from qna_timm.ops.span_attn import span_offsets
+from qna_timm.ops.span_grid import TileGrid, Workspace
 
-# Queries of a tile, down and across: of matrices this small larger ones are faster, of windows
-# this small smaller ones waste less.
-TILE = (4, 8)
 # Scores at a time: what caches hold on a CPU, enough to fill a GPU.
 CPU_SCORES = 2**20
 GPU_SCORES = 2**26
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """How a map is cut into tiles."""
-
-    height: int
-    width: int
-    kernel_size: int
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        return min(TILE[0], self.height), min(TILE[1], self.width)
-
-    @property
-    def tiles(self) -> tuple[int, int]:
-        """R, Q."""
-        return -(-self.height // self.tile[0]), -(-self.width // self.tile[1])
-
-    @property
-    def num_queries(self) -> int:
-        return self.tile[0] * self.tile[1]
-
-    @property
-    def halo(self) -> tuple[int, int]:
-        """Keys that a tile sees, down and across."""
-        return tuple(side + self.kernel_size - 1 for side in self.tile)
-
-    @property
-    def num_keys(self) -> int:
-        return self.halo[0] * self.halo[1]
-
-    def parts(self, batch: int, most_scores: int) -> Iterator[tuple[slice, slice]]:
-        """Images and tile rows to compute at a time: many images, or rows of a single one."""
-        rows, cols = self.tiles
-        most = max(1, most_scores // (self.num_queries * self.num_keys * cols))  # tile rows
-        images, step = max(1, most // rows), min(most, rows)
-        for image in range(0, batch, images):
-            for row in range(0, rows, step):
-                yield slice(image, min(image + images, batch)), slice(row, min(row + step, rows))
-
-    def queries(self, x: Tensor, rows: slice) -> Tensor:
-        """[n, H, W, d] -> [N, T, d], continued to whole tiles by zeros."""
-        down, across = self.tile
-        x = x[:, rows.start * down : rows.stop * down]
-        missing = self.tiles[1] * across - x.shape[2], (rows.stop - rows.start) * down - x.shape[1]
-        if max(missing) > 0:
-            x = F.pad(x, [0, 0, 0, missing[0], 0, missing[1]])
-        x = x.unflatten(2, (-1, across)).unflatten(1, (-1, down))  # n, R, th, Q, tw, d
-        return x.transpose(2, 3).reshape(-1, self.num_queries, x.shape[-1])
-
-    def put_queries(self, out: Tensor, tiles: Tensor, rows: slice) -> None:
-        """[N, T, d] -> their places in a map [n, H, W, d]."""
-        down, across = self.tile
-        tiles = tiles.view(out.shape[0], -1, self.tiles[1], down, across, out.shape[3])
-        tiles = tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        place = out[:, rows.start * down : rows.stop * down]
-        place.copy_(tiles[:, : place.shape[1], : place.shape[2]])
-
-    @property
-    def framed(self) -> tuple[int, int]:
-        """Height and width of a map continued to whole tiles, in a frame p wide."""
-        sides = (n * side for n, side in zip(self.tiles, self.tile, strict=True))
-        return tuple(side + self.kernel_size - 1 for side in sides)
-
-    def inner(self, framed: Tensor) -> Tensor:
-        """The map [n, H, W, d] in a framed one."""
-        radius = self.kernel_size // 2
-        return framed[:, radius : radius + self.height, radius : radius + self.width]
-
-    def keys(self, x: Tensor, rows: slice) -> Tensor:
-        """Framed map -> [N, S, d]."""
-        down, across = self.tile
-        halo_h, halo_w = self.halo
-        x = x[:, rows.start * down : (rows.stop - 1) * down + halo_h]
-        x = x.unfold(1, halo_h, down).unfold(2, halo_w, across)  # n, R, Q, d, halo
-        return x.permute(0, 1, 2, 4, 5, 3).reshape(-1, self.num_keys, x.shape[3])
-
-    def add_keys(self, out: Tensor, tiles: Tensor, rows: slice) -> None:
-        """Adds [N, S, d] to their places in a framed map."""
-        (down, across), (halo_h, halo_w) = self.tile, self.halo
-        num, cols = rows.stop - rows.start, self.tiles[1]
-        tiles = tiles.view(out.shape[0], num, cols, halo_h, halo_w, out.shape[3])
-        stride = out.stride()
-        # halos overlap; pieces of them as large as a tile do not
-        for top in range(0, halo_h, down):
-            for left in range(0, halo_w, across):
-                piece = tiles[:, :, :, top : top + down, left : left + across]
-                place = out[:, rows.start * down + top :, left:].as_strided(
-                    piece.shape, (stride[0], down * stride[1], across * stride[2], *stride[1:])
-                )
-                place.add_(piece)
-
-    def band(self, scores: Tensor) -> Tensor:
-        """Every query's window of [N, T, S], as a view [N, th, tw, k, k]."""
-        (down, across), halo_w, keys = self.tile, self.halo[1], self.num_keys
-        size = (scores.shape[0], down, across, self.kernel_size, self.kernel_size)
-        stride = (self.num_queries * keys, across * keys + halo_w, keys + 1, halo_w, 1)
-        return scores.as_strided(size, stride)
-
-
-class _Workspace:
-    """Buffers that are used again: fresh ones cost more than what is computed in them."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.buffers: dict[str, Tensor] = {}
-
-    def get(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A buffer of this shape, zeros at first, then what was left in it."""
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.shape[1:] != shape[1:] or len(buffer) < shape[0]:
-            buffer = self.buffers[name] = torch.zeros(shape, dtype=self.dtype, device=like.device)
-        return buffer[: shape[0]]
-
-    def frame(self, name: str, grid: _Grid, x: Tensor) -> Tensor:
-        """A map [n, H, W, d] with zeros around it."""
-        framed = self.get(name, x, (x.shape[0], *grid.framed, x.shape[3]))
-        grid.inner(framed).copy_(x)
-        return framed
+# Added to a score takes the offset out of the softmax; twice of it is still a number.
+OUT = -1e30
 
 
 class _Head:
-    """Scores of one head's tiles."""
+    """Attention of one head's tiles."""
 
     def __init__(
         self,
-        grid: _Grid,
-        work: _Workspace,
+        grid: TileGrid,
+        work: Workspace,
         rel_pos: Tensor,
         mask: Tensor | None,
         floor: Tensor | None,
-        outside: Tensor | None,
+        off_map: Tensor | None,
     ) -> None:
         self.grid, self.work = grid, work
         self.rel_pos = rel_pos  # d, 2*k
-        self.mask, self.floor, self.outside = mask, floor, outside
-        # one pass less where looking costs no wait: with rel_axes='split' heads see one axis
-        self.only_cols = self.only_rows = False
-        if rel_pos.device.type == "cpu":
-            self.only_cols, self.only_rows = (not table.any() for table in rel_pos.chunk(2, dim=1))
-        self.total: Tensor | None = mask
-        self.excluded: Tensor | None = None
-        if mask is not None:
-            self.total = mask if floor is None else mask + floor
-            excluded = self.total == 0.0
-            if mask.device.type != "cpu" or bool(excluded.any()):
-                self.excluded = excluded.view(grid.kernel_size, -1)
+        self.off_map = off_map
+        self.mask = self.floor = self.excluded = None
+        if mask is None:
+            return
+        self.mask = grid.table(mask)
+        self.floor = None if floor is None else grid.table(floor)
+        excluded = (mask if floor is None else mask + floor) == 0.0
+        if mask.device.type != "cpu" or bool(excluded.any()):
+            self.excluded = grid.table(excluded.to(mask.dtype) * OUT)
 
-    def _products(self, x: Tensor, keys: Tensor, name: str) -> Tensor:
-        """[N, T, d] with [N, S, d], as windows [N, th, tw, k, k]."""
-        shape = (x.shape[0], self.grid.num_queries, self.grid.num_keys)
-        out = self.work.get("products", x, shape)
-        return self.grid.band(torch.bmm(x, keys.transpose(1, 2), out=out))
-
-    def exps(self, query: Tensor, key: Tensor, rows: slice, top: Tensor | None) -> Tensor:
-        """exp(score - top), 0 where an offset takes no part: [N, th, tw, k, k].
-
-        Args:
-            query: [N, T, d].
-            key: [N, S, d].
-            rows: Tile rows that these are, all of them or of one image.
-            top: Largest scores [N, th, tw, 1, 1], or None to find and return them in `self.top`.
-        """
+    def queries(self, query: Tensor, rows: slice) -> Tensor:
+        """[N, T, d] -> [N, T, d+a], see above."""
         grid = self.grid
-        shape = (query.shape[0], *grid.tile)
-        by_row, by_col = torch.matmul(query, self.rel_pos).view(*shape, -1).chunk(2, dim=3)
-        band = self._products(query, key, "scores")
-        scores = self.work.get("exps", query, tuple(band.shape))
-        if self.only_cols:
-            torch.add(band, by_col[..., None, :], out=scores)
-        else:
-            torch.add(band, by_row[..., None], out=scores)
-            if not self.only_rows:
-                scores.add_(by_col[..., None, :])
-        if self.excluded is not None:
-            scores.masked_fill_(self.excluded, float("-inf"))
-        if self.outside is not None:
-            outside = self.outside[rows].flatten(0, 1)  # R*Q, th, tw, k, k
-            scores.unflatten(0, (-1, outside.shape[0])).masked_fill_(outside, float("-inf"))
-        self.top = scores.amax(dim=(3, 4), keepdim=True) if top is None else top
-        return scores.sub_(self.top).exp_()
-
-    def _sum(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """Weighted sums over windows: [N, th, tw, k, k] and [K] -> [N, T, 1]."""
-        flat = x.view(x.shape[0], self.grid.num_queries, -1)
-        if weight is None:
-            return flat.sum(dim=2, keepdim=True)
-        return torch.matmul(flat, weight[:, None])
-
-    def denominator(self, exps: Tensor) -> Tensor:
-        """Sums of (m + floor) e: [N, th, tw, k, k] -> [N, T, 1]."""
-        return self._sum(exps, self.total)
-
-    def spread(self, x: Tensor, weigh: bool) -> Tensor:
-        """[N, th, tw, k, k], times m if asked to, in the bands of matrices [N, T, S] of zeros."""
-        shape = (x.shape[0], self.grid.num_queries, self.grid.num_keys)
-        out = self.work.get("spread", x, shape)  # what is outside the bands is never written
-        if weigh and self.mask is not None:
-            torch.mul(x, self.mask.view(x.shape[3:]), out=self.grid.band(out))
-        else:
-            self.grid.band(out).copy_(x)
+        num, _, dim = query.shape
+        axes = sum(grid.halo)
+        out = self.work.get("queries", query, (num, grid.num_queries, dim + axes), OUT)
+        out[..., :dim] = query
+        products = torch.matmul(query, self.rel_pos).view(num, *grid.tile, -1).chunk(2, dim=3)
+        for place, product in zip(grid.axes(out), products, strict=True):
+            place.copy_(product)
+        if self.off_map is not None:
+            off_map = self.off_map[rows].flatten(0, 1)[:, None]  # R*Q, 1, a
+            out[..., dim:].unflatten(0, (-1, off_map.shape[0])).masked_fill_(off_map, OUT)
         return out
 
+    def keys(self, key: Tensor) -> Tensor:
+        """[N, S, d] -> [N, S, d+a], see above."""
+        num, keys, dim = key.shape
+        axes = sum(self.grid.halo)
+        name, shape = "keys", (num, keys, dim + axes)
+        known = self.work.buffers.get(name)
+        out = self.work.get(name, key, shape)
+        if known is not self.work.buffers[name]:
+            index = torch.arange(keys, device=key.device)
+            row, col = index // self.grid.halo[1], index % self.grid.halo[1]
+            whole = self.work.buffers[name]
+            whole[:, index, dim + row] = 1.0
+            whole[:, index, dim + self.grid.halo[0] + col] = 1.0
+        out[..., :dim] = key
+        return out
+
+    def attend(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Softmax over a query's window, all its offsets that take part: [N, T, S]."""
+        shape = (queries.shape[0], self.grid.num_queries, self.grid.num_keys)
+        scores = torch.bmm(
+            queries, keys.transpose(1, 2), out=self.work.get("scores", queries, shape)
+        )
+        if self.excluded is not None:
+            scores.add_(self.excluded)
+        return torch.softmax(scores, 2, out=self.work.get("attn", queries, shape))
+
+    def weigh(self, attn: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted attention m P [N, T, S] and the denominator, the sum of (m + floor) P."""
+        weighed = torch.mul(attn, self.mask, out=self.work.get("weighed", attn, attn.shape))
+        total = weighed.sum(dim=2, keepdim=True)
+        if self.floor is not None:
+            floor = self.work.get("scores", attn, attn.shape)
+            total = total + torch.mul(attn, self.floor, out=floor).sum(dim=2, keepdim=True)
+        return weighed, total
+
     def grad_scores(
-        self, exps: Tensor, grad: Tensor, value: Tensor, total: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the scores and of the mask [K].
+        self, attn: Tensor, weighed: Tensor, total: Tensor, slopes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the scores [N, T, S], in place of slopes, and of the mask [K].
 
-            t = grad . value,   delta = sum m e t / total,   dm = sum e (t - delta),
-            ds = m e (t - delta) - floor e delta
-
-        delta is summed from the very products that it is taken from, not as grad . out: where one
-        offset has all the weight, the difference is exactly 0.
+            ds = P (m (t - delta) - floor delta),   dm = sum P (t - delta),
+            delta = sum m P t / total
 
         Args:
-            exps: [N, th, tw, k, k]; spent.
-            grad: Gradient of the output over the denominator [N, T, d].
-            value: [N, S, d].
+            attn: P [N, T, S]; spent.
+            weighed: m P; spent.
             total: The denominator [N, T, 1].
+            slopes: t, gradient of the output over the denominator times values [N, T, S].
         """
-        slopes = self.work.get("slopes", exps, tuple(exps.shape))
-        torch.mul(self._products(grad, value, "slopes"), exps, out=slopes)
-        delta = (self._sum(slopes, self.mask) / total).view(*exps.shape[:3], 1, 1)
-        slopes.addcmul_(exps, delta, value=-1.0)
-        if self.mask is None:
-            return slopes, None
-        flat = slopes.view(-1, self.mask.shape[0])
-        grad_mask = torch.mv(flat.t(), flat.new_ones(flat.shape[0]))
-        slopes.mul_(self.mask.view(exps.shape[3:]))
+        delta = weighed.mul_(slopes).sum(dim=2, keepdim=True) / total
+        slopes.sub_(delta).mul_(attn)
+        grad_mask = self.grid.offsets(slopes.sum(dim=0)).sum(dim=(0, 1)).flatten()
+        slopes.mul_(self.mask)
         if self.floor is not None:
-            exps.mul_(self.floor.view(exps.shape[3:]))
-            slopes.addcmul_(exps, delta, value=-1.0)
+            slopes.addcmul_(attn.mul_(self.floor), delta, value=-1.0)
         return slopes, grad_mask
-
-
-def _outside(grid: _Grid, device: torch.device) -> Tensor:
-    """Whether an offset of a query is off the map: bool [R, Q, th, tw, k, k]."""
-    outside = off_map(grid.height, grid.width, grid.kernel_size, device)
-    # the queries that continue a map to whole tiles see what they like
-    tiles = grid.queries(outside[None], slice(0, grid.tiles[0]))
-    return tiles.view(*grid.tiles, *grid.tile, grid.kernel_size, grid.kernel_size)
 
 
 class _Problem:
@@ -282,23 +138,25 @@ class _Problem:
         floor: Tensor | None,
         num_heads: int,
         mask_padding: bool,
+        scale: float,
     ) -> None:
+        self.qkv, self.scale = qkv, scale
         self.batch, height, width, channels = qkv.shape
         self.channels = channels // 3
-        self.grid = _Grid(height, width, rel_pos_h.shape[1])
+        self.grid = TileGrid(height, width, rel_pos_h.shape[1])
         self.dtype = rel_pos_h.dtype
-        self.work = _Workspace(self.dtype)
+        self.work = Workspace(self.dtype)
         self.most_scores = CPU_SCORES if qkv.device.type == "cpu" else GPU_SCORES
-        outside = _outside(self.grid, qkv.device) if mask_padding else None
+        off_map = self.grid.off_map(qkv.device) if mask_padding else None
         rel_pos = torch.cat([rel_pos_h, rel_pos_w], dim=1).chunk(num_heads)
         masks = [None] * num_heads if mask is None else mask.unbind(0)
         self.heads = [
-            _Head(self.grid, self.work, rel_pos[j], masks[j], floor, outside)
+            _Head(self.grid, self.work, rel_pos[j], masks[j], floor, off_map)
             for j in range(num_heads)
         ]
 
     def parts(self) -> Iterator[tuple[slice, slice]]:
-        """See `_Grid.parts`."""
+        """See `TileGrid.parts`."""
         return self.grid.parts(self.batch, self.most_scores)
 
     def split(self, x: Tensor, images: slice, head: int) -> tuple[Tensor, ...]:
@@ -307,107 +165,93 @@ class _Problem:
         maps = x[images].unflatten(3, (-1, self.channels)).unbind(3)
         return tuple(part[..., head * dim : (head + 1) * dim] for part in maps)
 
-    def queries(self, x: Tensor, rows: slice) -> Tensor:
-        """See `_Grid.queries`; in the dtype to compute in."""
-        return self.grid.queries(x, rows).to(self.dtype)
+    def framed(self, images: slice, head: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a head in a frame of zeros."""
+        _, key, value = self.split(self.qkv, images, head)
+        work, grid = self.work, self.grid
+        return work.frame("key", grid, key), work.frame("value", grid, value)
+
+    def queries(self, images: slice, head: int, rows: slice) -> Tensor:
+        """A head's queries [N, T, d], scaled."""
+        query = self.split(self.qkv, images, head)[0]
+        return self.grid.queries(query, rows).to(self.dtype) * self.scale
 
 
-def _forward(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    mask: Tensor | None,
-    floor: Tensor | None,
-    num_heads: int,
-    mask_padding: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The output, and of every query the largest score and the denominator [2, h, B, R, Q, T]."""
-    problem = _Problem(qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding)
-    grid, work = problem.grid, problem.work
-    out, stats = _empty(qkv, rel_pos_h, num_heads)
+def _forward(qkv: Tensor, *rest: Any) -> Tensor:
+    """`span_tiles`."""
+    problem = _Problem(qkv, *rest)
+    grid = problem.grid
+    out = qkv.new_empty(*qkv.shape[:3], problem.channels)
     for j, head in enumerate(problem.heads):
         for images, rows in problem.parts():
             if rows.start == 0:
-                query, key, value = problem.split(qkv, images, j)
-                key, value = work.frame("key", grid, key), work.frame("value", grid, value)
-            q_tiles = problem.queries(query, rows) * scale
-            exps = head.exps(q_tiles, grid.keys(key, rows), rows, None)
-            total = head.denominator(exps)
-            tiles = torch.bmm(head.spread(exps, True), grid.keys(value, rows)).div_(total)
+                key, value = problem.framed(images, j)
+            queries = head.queries(problem.queries(images, j, rows), rows)
+            attn = head.attend(queries, head.keys(grid.keys(key, rows)))
+            total = None
+            if head.mask is not None:
+                attn, total = head.weigh(attn)
+            tiles = torch.bmm(attn, grid.keys(value, rows))
+            if total is not None:
+                tiles.div_(total)
             grid.put_queries(problem.split(out, images, j)[0], tiles, rows)
-            place = stats[:, j, images, rows]
-            place[0].copy_(head.top.view(place[0].shape))
-            place[1].copy_(total.view(place[1].shape))
-    return out, stats
+    return out
 
 
-def _backward(
-    grad: Tensor,
-    qkv: Tensor,
-    stats: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    mask: Tensor | None,
-    floor: Tensor | None,
-    num_heads: int,
-    mask_padding: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv [B, H, W, 3*C], both tables [C, 2*k] and the mask [h, K]."""
-    problem = _Problem(qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding)
-    grid, work = problem.grid, problem.work
+    problem = _Problem(qkv, *rest)
+    grid, work, num_heads = problem.grid, problem.work, len(problem.heads)
     grad_qkv = torch.empty_like(qkv)
-    grad_rel = rel_pos_h.new_zeros(problem.channels, 2 * grid.kernel_size)
-    grad_mask = rel_pos_h.new_zeros(num_heads, grid.kernel_size**2)
+    grad_rel = torch.zeros(
+        problem.channels, 2 * grid.kernel_size, dtype=problem.dtype, device=qkv.device
+    )
+    grad_mask = grad_rel.new_zeros(num_heads, grid.kernel_size**2)
     for j, head in enumerate(problem.heads):
         rel_rows = grad_rel.chunk(num_heads)[j]
         for images, rows in problem.parts():
             if rows.start == 0:
-                query, key, value = problem.split(qkv, images, j)
-                key, value = work.frame("key", grid, key), work.frame("value", grid, value)
-                grad_key = work.get("grad_key", key, tuple(key.shape)).zero_()
-                grad_value = work.get("grad_value", value, tuple(value.shape)).zero_()
+                key, value = problem.framed(images, j)
+                grad_key = work.get("grad_key", key, key.shape).zero_()
+                grad_value = work.get("grad_value", value, value.shape).zero_()
                 (grad_out,) = problem.split(grad, images, j)
-            q_tiles, k_tiles = problem.queries(query, rows) * scale, grid.keys(key, rows)
-            top, total = stats[:, j, images, rows].flatten(1, 3)[..., None].unbind(0)  # N, T, 1
-            g_tiles = problem.queries(grad_out, rows) / total
-            exps = head.exps(q_tiles, k_tiles, rows, top.view(-1, *grid.tile, 1, 1))
-            spread = head.spread(exps, True)
-            grid.add_keys(grad_value, torch.bmm(spread.transpose(1, 2), g_tiles), rows)
-            slopes, grad_weights = head.grad_scores(exps, g_tiles, grid.keys(value, rows), total)
-            if grad_weights is not None:
+                places = problem.split(grad_qkv, images, j)
+            query = problem.queries(images, j, rows)
+            keys = head.keys(grid.keys(key, rows))
+            attn = head.attend(head.queries(query, rows), keys)
+            weighed, total = (attn, None) if head.mask is None else head.weigh(attn)
+            grads = grid.queries(grad_out, rows).to(problem.dtype)
+            grads = grads if total is None else grads / total
+            grid.add_keys(grad_value, torch.bmm(weighed.transpose(1, 2), grads), rows)
+            slopes = work.get("scores", attn, attn.shape)
+            torch.bmm(grads, grid.keys(value, rows).transpose(1, 2), out=slopes)
+            if total is None:
+                slopes = torch.ops.aten._softmax_backward_data.out(
+                    slopes, attn, 2, attn.dtype, grad_input=work.get("slopes", attn, attn.shape)
+                )
+            else:
+                slopes, grad_weights = head.grad_scores(attn, weighed, total, slopes)
                 grad_mask[j] += grad_weights
-            spread = head.spread(slopes, False)
-            grid.add_keys(grad_key, torch.bmm(spread.transpose(1, 2), q_tiles), rows)
-            by_axis = torch.cat([slopes.sum(dim=4), slopes.sum(dim=3)], dim=3).flatten(0, 2)
-            rel_rows += torch.mm(q_tiles.flatten(0, 1).t(), by_axis)
-            tiles = torch.bmm(spread, k_tiles)
-            tiles.flatten(0, 1).addmm_(by_axis, head.rel_pos.t())
-            places = problem.split(grad_qkv, images, j)
-            grid.put_queries(places[0], tiles.mul_(scale), rows)
+            grid.add_keys(grad_key, torch.bmm(slopes.transpose(1, 2), query), rows)
+            tiles = torch.bmm(slopes, keys)  # N, T, d+a
+            by_axis = torch.cat(grid.axes(tiles), dim=3).flatten(0, 2)
+            rel_rows += torch.mm(query.flatten(0, 1).t(), by_axis)
+            by_axis = torch.mm(by_axis, head.rel_pos.t()).view_as(query)
+            tiles = by_axis.add_(tiles[..., : query.shape[2]])
+            grid.put_queries(places[0], tiles.mul_(problem.scale), rows)
             if rows.stop == grid.tiles[0]:
                 places[1].copy_(grid.inner(grad_key))
                 places[2].copy_(grid.inner(grad_value))
     return grad_qkv, grad_rel, grad_mask
 
 
-def _empty(qkv: Tensor, rel_pos_h: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """What `_forward` returns, not yet filled."""
-    batch, height, width, channels = qkv.shape
-    grid = _Grid(height, width, rel_pos_h.shape[1])
-    shape = (2, num_heads, batch, *grid.tiles, grid.num_queries)
-    return qkv.new_empty(batch, height, width, channels // 3), rel_pos_h.new_empty(shape)
-
-
-_TABLES = "Tensor rel_pos_h, Tensor rel_pos_w, Tensor? mask, Tensor? floor"
-_SETTINGS = "int num_heads, bool mask_padding, float scale"
-_library = torch.library.Library("qna_timm", "FRAGMENT")
-_library.define(f"span_tiles(Tensor qkv, {_TABLES}, {_SETTINGS}) -> (Tensor, Tensor)")
-_library.define(
-    "span_tiles_backward(Tensor grad, Tensor qkv, Tensor stats, "
-    f"{_TABLES}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
+_ARGUMENTS = (
+    "Tensor qkv, Tensor rel_pos_h, Tensor rel_pos_w, Tensor? mask, Tensor? floor, "
+    "int num_heads, bool mask_padding, float scale"
 )
+_library = torch.library.Library("qna_timm", "FRAGMENT")
+_library.define(f"span_tiles({_ARGUMENTS}) -> Tensor")
+_library.define(f"span_tiles_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -426,31 +270,20 @@ for _name, _function in (("span_tiles", _forward), ("span_tiles_backward", _back
 
 
 @torch.library.register_fake("qna_timm::span_tiles", lib=_library)
-def _(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    mask: Tensor | None,
-    floor: Tensor | None,
-    num_heads: int,
-    mask_padding: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    return _empty(qkv, rel_pos_h, num_heads)
+def _(qkv: Tensor, *_: Any) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
 
 
 @torch.library.register_fake("qna_timm::span_tiles_backward", lib=_library)
 def _(
     grad: Tensor,
     qkv: Tensor,
-    stats: Tensor,
     rel_pos_h: Tensor,
     rel_pos_w: Tensor,
     mask: Tensor | None,
     floor: Tensor | None,
     num_heads: int,
-    mask_padding: bool,
-    scale: float,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels, kernel_size = rel_pos_h.shape
     return (
@@ -460,18 +293,17 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.settings = inputs[5:]
-    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.save_for_backward(*inputs[:5])
 
 
-def _gradients(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, stats = ctx.saved_tensors
+def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
     if torch.is_grad_enabled():  # somebody wants gradients of the gradient
         return *_grad_of_offsets(grad, inputs, *ctx.settings), None, None, None, None
     grad_qkv, grad_rel, grad_mask = torch.ops.qna_timm.span_tiles_backward(
-        grad, inputs[0], stats, *inputs[1:], *ctx.settings
+        grad, *inputs, *ctx.settings
     )
     by_row, by_col = grad_rel.chunk(2, dim=1)
     grad_mask = None if inputs[3] is None else grad_mask
@@ -490,26 +322,19 @@ class _SpanTiles(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        qkv: Tensor,
-        rel_pos_h: Tensor,
-        rel_pos_w: Tensor,
-        mask: Tensor | None,
-        floor: Tensor | None,
-        num_heads: int,
-        mask_padding: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.qna_timm.span_tiles(
-            qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale
-        )
+    def forward(*args: Any) -> Tensor:
+        return torch.ops.qna_timm.span_tiles(*args)
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_gradients)
 
 
 def _grad_of_offsets(
-    grad: Tensor, inputs: list[Tensor | None], num_heads: int, mask_padding: bool, scale: float
+    grad: Tensor,
+    inputs: tuple[Tensor | None, ...],
+    num_heads: int,
+    mask_padding: bool,
+    scale: float,
 ) -> list[Tensor | None]:
     """Gradients of qkv, both tables and the mask that have gradients themselves."""
     wanted = [x for x in inputs[:4] if x is not None and x.requires_grad]
@@ -533,9 +358,6 @@ def span_tiles(
 ) -> Tensor:
     """The function in tiles; arguments as in `span_attention`, tables in the dtype to compute in.
 
-    Keeps qkv and two numbers per position and head for backward. Gradients of gradients come from
-    `span_offsets`.
+    Keeps qkv for backward and nothing else. Gradients of gradients come from `span_offsets`.
     """
-    return _SpanTiles.apply(qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale)[
-        0
-    ]
+    return _SpanTiles.apply(qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale)
