@@ -21,7 +21,7 @@ import argparse
 import csv
 import json
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -105,9 +105,15 @@ def print_peak(case: str, form: str, device: str) -> None:
         synchronize(device)
         print(json.dumps((torch.cuda.max_memory_allocated() - before) / 2**20))
         return
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     call()
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10))
+    print(json.dumps(resident("VmHWM") - before))
+
+
+def resident(field: str) -> float:
+    """This process's memory now (VmRSS) or at most (VmHWM), MiB. Linux."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 2**10
 
 
 def peak_memory(case: str, form: str, device: str) -> float:

@@ -128,6 +128,7 @@ class SAResNet(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_heads = num_heads
+        self.channels_last = spatial in ("local", "adaptive")
         self.grad_checkpointing = False
         args = BottleneckArgs(
             spatial=spatial,
@@ -262,7 +263,7 @@ class SAResNet(nn.Module):
         assert output_fmt == "NCHW", "output_fmt must be NCHW"
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x = self.stem_pool(self.stem(x))
+        x = self.forward_stem(x)
         if torch.jit.is_scripting() or not stop_early:  # scripted lists of modules don't slice
             stages = self.stages
         else:
@@ -303,9 +304,15 @@ class SAResNet(nn.Module):
             self.reset_classifier(0, "")
         return take_indices
 
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """The first maps; channels-last where attention, which gives such maps, would mix both."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.stem_pool(self.stem(x))
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Map of the last stage [B, num_features, ceil(H / reduction), ceil(W / reduction)]."""
-        x = self.stem_pool(self.stem(x))
+        x = self.forward_stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.stages, x, flatten=True)
         return self.stages(x)

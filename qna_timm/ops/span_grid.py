@@ -86,13 +86,15 @@ class TileGrid:
         radius = self.kernel_size // 2
         return framed[:, radius : radius + self.height, radius : radius + self.width]
 
-    def keys(self, x: Tensor, rows: slice) -> Tensor:
-        """Framed map -> [N, S, d]."""
+    def put_keys(self, out: Tensor, x: Tensor, rows: slice) -> Tensor:
+        """Framed map -> every tile's keys, into [N, S, d], which may be part of wider rows."""
         down, across = self.tile
         halo_h, halo_w = self.halo
         x = x[:, rows.start * down : (rows.stop - 1) * down + halo_h]
         x = x.unfold(1, halo_h, down).unfold(2, halo_w, across)  # n, R, Q, d, halo
-        return x.permute(0, 1, 2, 4, 5, 3).reshape(-1, self.num_keys, x.shape[3])
+        x = x.permute(0, 1, 2, 4, 5, 3)
+        out.unflatten(1, self.halo).unflatten(0, x.shape[:3]).copy_(x)
+        return out
 
     def add_keys(self, out: Tensor, tiles: Tensor, rows: slice) -> None:
         """Adds [N, S, d] to their places in a framed map."""

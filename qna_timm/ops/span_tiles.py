@@ -49,6 +49,8 @@ class _Head:
             return
         self.mask = grid.table(mask)
         self.floor = None if floor is None else grid.table(floor)
+        if floor is not None and floor.device.type == "cpu" and bool((floor == floor[0]).all()):
+            self.floor = floor[0]  # of all the window, over which attention sums to 1
         excluded = (mask if floor is None else mask + floor) == 0.0
         if mask.device.type != "cpu" or bool(excluded.any()):
             self.excluded = grid.table(excluded.to(mask.dtype) * OUT)
@@ -68,21 +70,30 @@ class _Head:
             out[..., dim:].unflatten(0, (-1, off_map.shape[0])).masked_fill_(off_map, OUT)
         return out
 
-    def keys(self, key: Tensor) -> Tensor:
-        """[N, S, d] -> [N, S, d+a], see above."""
-        num, keys, dim = key.shape
-        axes = sum(self.grid.halo)
-        name, shape = "keys", (num, keys, dim + axes)
-        known = self.work.buffers.get(name)
-        out = self.work.get(name, key, shape)
-        if known is not self.work.buffers[name]:
-            index = torch.arange(keys, device=key.device)
-            row, col = index // self.grid.halo[1], index % self.grid.halo[1]
-            whole = self.work.buffers[name]
-            whole[:, index, dim + row] = 1.0
-            whole[:, index, dim + self.grid.halo[0] + col] = 1.0
-        out[..., :dim] = key
+    def keys(self, key: Tensor, rows: slice) -> Tensor:
+        """Framed map -> [N, S, d+a], see above."""
+        grid, work = self.grid, self.work
+        dim, num = key.shape[3], key.shape[0] * (rows.stop - rows.start) * grid.tiles[1]
+        known = work.buffers.get("keys")
+        out = work.get("keys", key, (num, grid.num_keys, dim + sum(grid.halo)))
+        if (whole := work.buffers["keys"]) is not known:
+            index = torch.arange(grid.num_keys, device=key.device)
+            whole[:, index, dim + index // grid.halo[1]] = 1.0
+            whole[:, index, dim + grid.halo[0] + index % grid.halo[1]] = 1.0
+        grid.put_keys(out[..., :dim], key, rows)
         return out
+
+    def values(self, value: Tensor, rows: slice) -> Tensor:
+        """Framed map -> [N, S, d]."""
+        num = value.shape[0] * (rows.stop - rows.start) * self.grid.tiles[1]
+        out = self.work.get("values", value, (num, self.grid.num_keys, value.shape[3]))
+        return self.grid.put_keys(out, value, rows)
+
+    def add_to_keys(self, framed: Tensor, weights: Tensor, x: Tensor, rows: slice) -> None:
+        """Adds weights [N, T, S] times x [N, T, d] to the keys' places in a framed map."""
+        shape = (x.shape[0], self.grid.num_keys, x.shape[2])
+        out = self.work.get("grad_keys", x, shape)
+        self.grid.add_keys(framed, torch.bmm(weights.transpose(1, 2), x, out=out), rows)
 
     def attend(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Softmax over a query's window, all its offsets that take part: [N, T, S]."""
@@ -98,7 +109,9 @@ class _Head:
         """Weighted attention m P [N, T, S] and the denominator, the sum of (m + floor) P."""
         weighed = torch.mul(attn, self.mask, out=self.work.get("weighed", attn, attn.shape))
         total = weighed.sum(dim=2, keepdim=True)
-        if self.floor is not None:
+        if self.floor is not None and self.floor.dim() == 0:
+            total = total + self.floor
+        elif self.floor is not None:
             floor = self.work.get("scores", attn, attn.shape)
             total = total + torch.mul(attn, self.floor, out=floor).sum(dim=2, keepdim=True)
         return weighed, total
@@ -121,7 +134,9 @@ class _Head:
         slopes.sub_(delta).mul_(attn)
         grad_mask = self.grid.offsets(slopes.sum(dim=0)).sum(dim=(0, 1)).flatten()
         slopes.mul_(self.mask)
-        if self.floor is not None:
+        if self.floor is not None and self.floor.dim() == 0:
+            slopes.addcmul_(attn, delta * self.floor, value=-1.0)
+        elif self.floor is not None:
             slopes.addcmul_(attn.mul_(self.floor), delta, value=-1.0)
         return slopes, grad_mask
 
@@ -187,11 +202,11 @@ def _forward(qkv: Tensor, *rest: Any) -> Tensor:
             if rows.start == 0:
                 key, value = problem.framed(images, j)
             queries = head.queries(problem.queries(images, j, rows), rows)
-            attn = head.attend(queries, head.keys(grid.keys(key, rows)))
+            attn = head.attend(queries, head.keys(key, rows))
             total = None
             if head.mask is not None:
                 attn, total = head.weigh(attn)
-            tiles = torch.bmm(attn, grid.keys(value, rows))
+            tiles = torch.bmm(attn, head.values(value, rows))
             if total is not None:
                 tiles.div_(total)
             grid.put_queries(problem.split(out, images, j)[0], tiles, rows)
@@ -217,14 +232,14 @@ def _backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Te
                 (grad_out,) = problem.split(grad, images, j)
                 places = problem.split(grad_qkv, images, j)
             query = problem.queries(images, j, rows)
-            keys = head.keys(grid.keys(key, rows))
+            keys = head.keys(key, rows)
             attn = head.attend(head.queries(query, rows), keys)
             weighed, total = (attn, None) if head.mask is None else head.weigh(attn)
             grads = grid.queries(grad_out, rows).to(problem.dtype)
             grads = grads if total is None else grads / total
-            grid.add_keys(grad_value, torch.bmm(weighed.transpose(1, 2), grads), rows)
+            head.add_to_keys(grad_value, weighed, grads, rows)
             slopes = work.get("scores", attn, attn.shape)
-            torch.bmm(grads, grid.keys(value, rows).transpose(1, 2), out=slopes)
+            torch.bmm(grads, head.values(value, rows).transpose(1, 2), out=slopes)
             if total is None:
                 slopes = torch.ops.aten._softmax_backward_data.out(
                     slopes, attn, 2, attn.dtype, grad_input=work.get("slopes", attn, attn.shape)
@@ -232,7 +247,7 @@ def _backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Te
             else:
                 slopes, grad_weights = head.grad_scores(attn, weighed, total, slopes)
                 grad_mask[j] += grad_weights
-            grid.add_keys(grad_key, torch.bmm(slopes.transpose(1, 2), query), rows)
+            head.add_to_keys(grad_key, slopes, query, rows)
             tiles = torch.bmm(slopes, keys)  # N, T, d+a
             by_axis = torch.cat(grid.axes(tiles), dim=3).flatten(0, 2)
             rel_rows += torch.mm(query.flatten(0, 1).t(), by_axis)
