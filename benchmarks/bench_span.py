@@ -14,7 +14,7 @@ One layer, 64 channels, 4 heads, on maps of 50 x 32 x 32, float32, forward and f
 --models adds the training step of sa_resnet_medium_adaptive, of sa_resnet_medium_local, and of both
 with unfolded keys. One process, rounds interleaved: medians of wall time with quartiles, and of
 processor time. Peak memory is what a process of its own needs for a training step beyond what it
-had before. --profile prints where a layer's step spends its time.
+had before. --profile prints where a step spends its time.
 """
 
 import argparse
@@ -163,14 +163,14 @@ def rows_of(case: str, forms: tuple[str, ...], args: argparse.Namespace) -> list
     return rows
 
 
-def print_profile(kernel_size: int, args: argparse.Namespace) -> None:
-    """Operators of a layer's step by their own time."""
-    call = make_call(str(kernel_size), "tiles", "step", args.device)
+def print_profile(case: str, args: argparse.Namespace) -> None:
+    """Operators of a layer's or a network's step by their own time."""
+    call = make_call(case, "tiles", "step", args.device)
     call()
     with profile() as record:
         call()
     key = "self_cpu_time_total" if args.device == "cpu" else "self_device_time_total"
-    print(f"\nkernel {kernel_size}, step")
+    print(f"\n{f'kernel {case}' if case.isdigit() else case}, step")
     print(record.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=40))
 
 
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", action="store_true", help="training steps of whole networks")
-    parser.add_argument("--profile", action="store_true", help="print operators of a step")
+    parser.add_argument("--profile", action="store_true", help="print operators of steps")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "FORM"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -194,12 +194,13 @@ def main() -> None:
         name = torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads")
     rows = []
-    for kernel_size in args.kernels:
-        rows += rows_of(str(kernel_size), tuple(args.forms), args)
+    cases = {str(kernel_size): tuple(args.forms) for kernel_size in args.kernels}
+    if args.models:
+        cases.update({model: ("tiles", "unfold") for model in MODELS})
+    for case, forms in cases.items():
+        rows += rows_of(case, forms, args)
         if args.profile:
-            print_profile(kernel_size, args)
-    for model in MODELS if args.models else ():
-        rows += rows_of(model, ("tiles", "unfold"), args)
+            print_profile(case, args)
     if args.out and rows:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, "w", newline="") as file:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from golden import flax_params, info, released_gramian
+from golden import flax_params, info, released_gramian, released_span
 from PIL import Image
 from safetensors.torch import save_file
 from test_convert import write_flax
@@ -49,6 +49,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_flax(folder / "checkpoint_375300", flax_params(shapes))
     state = released_gramian("ga_convnext_tiny_688")
     torch.save({"state_dict": state}, folder / "model_best.pth.tar")
+    state = released_span("small_adaptive_R2")
+    name = "best_small_model_CIFAR100_ResNet26_ckpt.tar"
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in state.items()}}, folder / name
+    )
     return folder
 
 

@@ -1,30 +1,18 @@
 """Span attention as a layer: golden cases, learned windows, switches, export."""
 
 import copy
-import zlib
 
 import numpy as np
 import pytest
 import timm
 import torch
-from golden import arrays, info, relative_error
+from golden import arrays, info, relative_error, span_leaf
 from span_reference import UnfoldedAttention
 from torch import Tensor, nn
 
 from qna_timm.layers import AdaptiveSpan, SpanAttention
 
 GOLDEN = info("span_layers")
-
-
-def leaf(name: str, *shape: int) -> Tensor:
-    """Value of a released layer's parameter, by the golden files' rule."""
-    value = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    value = value.astype(np.float32)
-    if name.endswith("current_val"):
-        value = np.clip(0.1 + 0.6 * np.abs(np.sin(value)), 0, 1)
-    elif not name.startswith("rel_"):
-        value = value / np.sqrt(np.prod(shape[1:])).astype(np.float32)
-    return torch.from_numpy(value.astype(np.float32))
 
 
 def golden_layer(case: dict, **kwargs) -> SpanAttention:
@@ -42,16 +30,16 @@ def golden_layer(case: dict, **kwargs) -> SpanAttention:
         **kwargs,
     )
     names = ("query_conv", "key_conv", "value_conv")
-    weights = [leaf(f"{name}.weight", case["cout"], case["cin"], 1, 1) for name in names]
+    weights = [span_leaf(f"{name}.weight", [case["cout"], case["cin"], 1, 1]) for name in names]
     weights[0] *= case.get("qscale", 1)
     with torch.no_grad():
         layer.qkv.weight.copy_(torch.cat(weights))
-        layer.rel_pos_h.copy_(leaf("rel_h", half, 1, 1, size, 1).view(half, size))
-        layer.rel_pos_w.copy_(leaf("rel_w", half, 1, 1, 1, size).view(half, size))
+        layer.rel_pos_h.copy_(span_leaf("rel_h", [half, 1, 1, size, 1]).view(half, size))
+        layer.rel_pos_w.copy_(span_leaf("rel_w", [half, 1, 1, 1, size]).view(half, size))
         if adaptive:
             span = case["z"]
             if span == "det":
-                span = leaf("adaptive_mask.current_val", heads, 1).flatten()
+                span = span_leaf("adaptive_mask.current_val", [heads, 1]).flatten()
             layer.span_mask.span.copy_(torch.as_tensor(span))
     return layer
 

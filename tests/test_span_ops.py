@@ -4,6 +4,7 @@ import pytest
 import torch
 from golden import relative_error
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from qna_timm.ops import ring_index, ring_weights, span_attention, span_tiles
 from qna_timm.ops.span_attn import span_offsets
@@ -223,6 +224,18 @@ def test_autocast_stops() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         agree(run(arguments, "tiles", torch.float32), wanted, 1e-12)
         agree([span_attention(**arguments, impl="offsets")], wanted[:1], 1e-5)
+
+
+def test_flops() -> None:
+    torch.manual_seed(0)
+    qkv, table = torch.randn(2, 4, 5, 24, requires_grad=True), torch.randn(8, 3)
+    positions_times_offsets = 2 * 4 * 5 * 3**2
+    with FlopCounterMode(display=False) as counter:
+        out = span_attention(qkv, table, table, 2)
+    assert counter.get_total_flops() == 2 * 2 * 8 * positions_times_offsets  # two products
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 5 * 2 * 8 * positions_times_offsets
 
 
 def test_meta() -> None:

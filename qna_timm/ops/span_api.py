@@ -74,8 +74,7 @@ def span_attention(
         mask_padding: Leave offsets off the map out.
         impl: 'auto', or one form with no fall-back: 'reference' (position by position), 'offsets'
             (any order of gradients, scripts; keeps B*h*H*W*K scores) or 'tiles' (gradients by
-            hand; keeps qkv and two numbers for each position and head). 'auto' is
-            'tiles', except in scripts.
+            hand; keeps qkv). 'auto' is 'tiles', except in scripts.
 
     Returns:
         [B, H, W, C] in qkv's dtype.

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from qna_timm.ops.span_attn import span_offsets
 from qna_timm.ops.span_grid import TileGrid, Workspace
@@ -306,6 +307,20 @@ def _(
         rel_pos_h.new_empty(channels, 2 * kernel_size),
         rel_pos_h.new_empty(num_heads, kernel_size**2),
     )
+
+
+@register_flop_formula(torch.ops.qna_timm.span_tiles)
+def _flops(qkv_shape: torch.Size, rel_pos_shape: torch.Size, *_: Any, **__: Any) -> int:
+    """Scores and weighted values of a window at every position, whatever tiles add to it."""
+    return 4 * (qkv_shape.numel() // 3) * rel_pos_shape[1] ** 2
+
+
+@register_flop_formula(torch.ops.qna_timm.span_tiles_backward)
+def _backward_flops(
+    _: torch.Size, qkv_shape: torch.Size, rel_pos_shape: torch.Size, *__: Any, **___: Any
+) -> int:
+    """Scores anew, then four products as large: of P, queries, keys and values."""
+    return 10 * (qkv_shape.numel() // 3) * rel_pos_shape[1] ** 2
 
 
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
