@@ -28,8 +28,9 @@ from qna_timm.convert import (
     span_state_dict,
 )
 from qna_timm.models import CSWin, GramianNet, QnAViT, SAResNet  # and registers the models
-from qna_timm.training.checkpoint import METADATA_KEY, read_weights, save_tensors
+from qna_timm.training.checkpoint import METADATA_KEY, read_weights
 from qna_timm.training.errors import UsageError, closest, run_cli
+from qna_timm.training.files import save_tensors
 
 HEAD = ("head.fc.weight", "head.fc.bias")
 

@@ -14,7 +14,6 @@ key, a JSON object (the *metadata*) that says what the weights are:
 
 import argparse
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -25,21 +24,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from qna_timm.training.errors import UsageError, closest
+from qna_timm.training.files import save_tensors
 from qna_timm.training.names import model_label
 
 METADATA_KEY = "qna_timm"
-_UMASK = os.umask(0)
-os.umask(_UMASK)
 STATE_SUFFIX = ".state.safetensors"
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
-# The names that `replacing` writes to.
-TEMPORARY_PATTERN = ".*.tmp"
 # Where a folder's weights are looked for, first match first; the last two are hub exports.
 FOLDER_FILES = ("best.safetensors", "last.safetensors", "model.safetensors", "pytorch_model.bin")
 
@@ -252,49 +248,6 @@ def check_weights(
         found, wanted = tuple(weights[shapes[0]].shape), tuple(expected[shapes[0]].shape)
         details.append(f"{len(shapes)} of another shape, such as {shapes[0]} {found} not {wanted}")
     raise UsageError(f"{text}: {'; '.join(details)}")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; on success it replaces `path` in one step.
-
-    The file is on disk (fsync) before it takes the name, so that a reader, or a machine that lost
-    power, finds the old file or the new one, whole. On failure the temporary file is removed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        # safetensors makes files that only their owner may read.
-        os.chmod(temporary, 0o666 & ~_UMASK)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last through a power cut, where the system can sync folders."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write tensors and a string header to a safetensors file, atomically.
-
-    Tensors are copied to the CPU first, since the format refuses tensors that share memory.
-    """
-    copies = {
-        key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()
-    }
-    with replacing(path) as temporary:
-        save_file(copies, temporary, metadata={"format": "pt", **header})
 
 
 def save_weights(path: Path, model: nn.Module, metadata: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qna_timm.training.checkpoint import replacing
+from qna_timm.training.files import replacing
 
 _TRAIN, _EVAL, _EMA, _RATE = "#8a8f98", "#1f6fb4", "#d9772b", "#3c8d5a"
 # Column of the summary, label, colour, line style.

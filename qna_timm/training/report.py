@@ -19,12 +19,12 @@ import yaml
 from timm.models import safe_model_name
 
 import qna_timm
-from qna_timm.training.checkpoint import TEMPORARY_PATTERN, replacing
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
+from qna_timm.training.files import TEMPORARY_PATTERN, replacing
 from qna_timm.training.names import model_label
-from qna_timm.training.resume import STATE_NAME, find_state
 from qna_timm.training.span_report import span_scalars
+from qna_timm.training.state_files import STATE_NAME, find_state
 
 ARGS_NAME = "args.yaml"
 SUMMARY_NAME = "summary.csv"

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qna_timm.training.checkpoint import replacing
 from qna_timm.training.errors import UsageError
+from qna_timm.training.files import replacing
 
 TABLE_COLUMNS = ("label", "class", "images", "top1", "top5", "precision", "f1_score")
 

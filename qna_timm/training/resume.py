@@ -5,7 +5,6 @@ loss scaler, plateau counters, random number generators of every process, and wh
 (summary, best epochs, arguments). Tensors are stored as such, all else as JSON in the header.
 """
 
-import json
 import logging
 import random
 from collections.abc import Mapping
@@ -14,20 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.scheduler import PlateauLRScheduler
 from timm.utils import random_seed, unwrap_model
-from torch import Tensor
 
-from qna_timm.training.checkpoint import STATE_SUFFIX, check_weights, read_header, save_tensors
+from qna_timm.training.checkpoint import check_weights
 from qna_timm.training.distributed import Processes, gather_to_primary
 from qna_timm.training.errors import UsageError
 from qna_timm.training.loop import Trainer
-from qna_timm.training.packing import pack, unpack
-
-STATE_KEY = "qna_timm_state"
-STATE_NAME = f"last{STATE_SUFFIX}"
+from qna_timm.training.state_files import (  # noqa: F401  (known by these names to scripts)
+    STATE_KEY,
+    STATE_NAME,
+    find_state,
+    load_state,
+    save_state,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -83,48 +82,6 @@ def collect_state(trainer: Trainer, epochs_done: int, extra: Mapping[str, Any]) 
         ),
         **extra,
     }  # fmt: skip
-
-
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state to a file, atomically."""
-    tensors: dict[str, Tensor] = {}
-    header = {STATE_KEY: json.dumps(pack(dict(state), tensors))}
-    save_tensors(path, tensors, header)
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """Read a state, its tensors on the CPU.
-
-    Raises:
-        UsageError: `path` is not a whole state file.
-    """
-    header = read_header(path)
-    try:
-        return unpack(json.loads(header[STATE_KEY]), load_file(path))
-    except (SafetensorError, AttributeError, KeyError, ValueError, OSError) as error:
-        raise UsageError(f"--resume {path}: damaged state file ({error})") from error
-
-
-def find_state(resume: str) -> Path:
-    """The state file that ``--resume`` names, a file or a run folder.
-
-    Raises:
-        UsageError: There is none, or it is another kind of file.
-    """
-    path = Path(resume)
-    state = path / STATE_NAME if path.is_dir() else path
-    if not state.is_file():
-        what = f"no {STATE_NAME} in this folder" if path.is_dir() else "no such file or folder"
-        raise UsageError(f"--resume {resume}: {what}")
-    if state.suffix != ".safetensors":
-        raise UsageError(
-            f"--resume {resume}: not a state file of this train.py (*{STATE_SUFFIX});"
-            " --initial-checkpoint starts from the weights of others"
-        )
-    if STATE_KEY not in read_header(state):
-        hint = f"--resume takes the run folder or its {STATE_NAME}"
-        raise UsageError(f"--resume {resume}: weights without the state of a run; {hint}")
-    return state
 
 
 def restore(

@@ -10,7 +10,8 @@ from typing import Any
 from timm.utils import unwrap_model
 from torch import nn
 
-from qna_timm.training.checkpoint import replacing, save_weights
+from qna_timm.training.checkpoint import save_weights
+from qna_timm.training.files import replacing
 
 EMA = "_ema"
 """Ending of the names of averaged weights and of their metrics."""

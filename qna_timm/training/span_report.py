@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qna_timm.training.checkpoint import replacing
+from qna_timm.training.files import replacing
 
 SPANS_NAME = "spans.csv"
 SPAN_CURVES_NAME = "spans.png"

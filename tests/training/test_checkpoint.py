@@ -19,10 +19,10 @@ from qna_timm.training.checkpoint import (
     load_weights,
     read_metadata,
     read_weights,
-    replacing,
     save_weights,
 )
 from qna_timm.training.errors import UsageError
+from qna_timm.training.files import replacing
 from qna_timm.training.packing import pack, unpack
 from qna_timm.training.recipe import parse_train_args
 from qna_timm.training.saver import Saver, is_better

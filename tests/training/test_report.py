@@ -15,9 +15,9 @@ import yaml
 from PIL import Image
 
 from qna_timm.training import curves, report
-from qna_timm.training.checkpoint import replacing
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
+from qna_timm.training.files import replacing
 from qna_timm.training.logs import RunLog
 from qna_timm.training.recipe import as_yaml_dict, parse_train_args
 

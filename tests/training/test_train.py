@@ -31,8 +31,8 @@ from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
 from qna_timm.training.optim import create_schedule, learning_rate
 from qna_timm.training.recipe import parse_train_args
-from qna_timm.training.resume import load_state
 from qna_timm.training.signals import Stopped, StopSignals
+from qna_timm.training.state_files import load_state
 from qna_timm.training.task import TrainTask, create_loss
 from qna_timm.training.tta import AveragedViews
 
