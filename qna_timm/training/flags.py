@@ -19,10 +19,10 @@ from qna_timm.training.errors import UsageError, closest
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition that each number of a flag has to fulfil; `text` completes "must be ..."."""
+    """A condition that each value of a flag has to fulfil; `text` completes "must be ..."."""
 
     text: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
 
 
 # Values that several flags choose from.
@@ -49,7 +49,7 @@ class Flag:
         nargs: None for one value, "?" for an optional one, "+" for a list, a number for its length.
         const: Value of a "?" flag given without one.
         choices: Every valid string; None allows any.
-        rule: Condition on each number.
+        rule: Condition on each value.
         refusal: Why any value but the default is refused: such a flag exists only so that timm's
             command lines and args.yaml files can be read.
         inert: Whether a refused flag does nothing unless another refused one is set, so that any

@@ -22,6 +22,7 @@ from qna_timm.training.flags_learning import (
 )
 from qna_timm.training.flags_refused import REFUSED_FLAGS
 from qna_timm.training.holdout import DEFAULT_SEED
+from qna_timm.training.intervals import DURATION, INTERVAL
 
 METRICS = ("top1", "top5", "loss")
 
@@ -168,13 +169,6 @@ _DEVICE = (
 _RUN = (
     Flag("--output", str, "./output/train", "Folder of run folders."),
     Flag("--experiment", str, "", "Name of the run folder; date, model and size when not given."),
-    Flag(
-        "--resume",
-        str,
-        "",
-        "Go on from a run folder or state file, or 'auto': from this --experiment if it has begun.",
-    ),
-    Flag("--no-resume-opt", bool, False, "Resume weights alone, with a fresh optimizer."),
     Flag("--seed", int, 42, "Seed of all randomness.", rule=NOT_NEGATIVE),
     Flag("--worker-seeding", str, "all", "What loader workers seed.", choices=("all", "part")),
     Flag(
@@ -200,15 +194,6 @@ _RUN = (
         "+",
         rule=POSITIVE,
     ),
-    Flag(
-        "--recovery-interval",
-        int,
-        0,
-        "Steps between recovery checkpoints.",
-        rule=NOT_NEGATIVE,
-        refusal="checkpoints inside an epoch are not written yet: --resume goes on from the last "
-        "whole epoch",
-    ),
     Flag("--save-images", bool, False, "Save an input batch at each log line."),
     Flag("--log-tensorboard", bool, False, "Log to TensorBoard in the run folder (not in timm)."),
     Flag("--log-wandb", bool, False, "Log to Weights & Biases."),
@@ -217,6 +202,54 @@ _RUN = (
     Flag("--wandb-resume-id", str, "", "Its run to go on with."),
     Flag(
         "--max-steps", int, None, "At most this many updates an epoch (not in timm).", rule=POSITIVE
+    ),
+)
+
+_RESUME = (
+    Flag(
+        "--resume",
+        str,
+        "",
+        "Go on from a run folder or state file, or 'auto': from this --experiment if it has begun.",
+    ),
+    Flag("--no-resume-opt", bool, False, "Resume weights alone, with a fresh optimizer."),
+    Flag(
+        "--resume-anyway",
+        bool,
+        False,
+        "Resume even where the run cannot go on exactly: with other settings, data or versions "
+        "(not in timm).",
+    ),
+    Flag(
+        "--checkpoint-interval --recovery-interval",
+        str,
+        "10m",
+        "Save the state inside an epoch after so many updates (50) or so much time (90s, 10m, 1h); "
+        "0 only after epochs (timm: updates, 0).",
+        rule=INTERVAL,
+    ),
+    Flag(
+        "--on-nonfinite",
+        str,
+        "stop",
+        "When a loss or gradient is not finite: stop before the update, skip the update, or rewind "
+        "to the last saved weights and go on behind it (not in timm).",
+        choices=("stop", "skip", "rewind"),
+    ),
+    Flag(
+        "--strict-data",
+        bool,
+        False,
+        "Stop at an image that cannot be read; otherwise another takes its place and the run's "
+        "report lists it (not in timm).",
+    ),
+    Flag(
+        "--dist-timeout",
+        str,
+        "30m",
+        "How long to wait for the other processes before giving them up as lost: seconds, or a "
+        "time such as 90s, 10m or 1h (not in timm).",
+        rule=DURATION,
     ),
 )
 
@@ -233,6 +266,7 @@ TRAIN_FLAGS = {
     "Batch norm": BATCH_NORM_FLAGS,
     "Exponential moving average": EMA_FLAGS,
     "Run": _RUN,
+    "Resuming and faults": _RESUME,
     "timm's, not supported: read at their defaults only": REFUSED_FLAGS,
 }
 """train.py's flags by the group they are shown in."""

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from qna_timm.training import checks
 from qna_timm.training.errors import UsageError, closest, run_cli
+from qna_timm.training.intervals import Interval, parse_duration, parse_interval
 from qna_timm.training.names import expand_model_names
 from qna_timm.training.recipe import as_yaml_dict, parse_train_args, parse_validate_args
 
@@ -223,7 +225,13 @@ BAD_TRAIN = [
     (["--device", "cdua"], ["--device", "'cdua'", "'cuda'"]),
     (["--device-modules", "no_such_module_x"], ["--device-modules", "no_such_module_x"]),
     (["--model-kwargs", "depth"], ["--model-kwargs", "name=value", "'depth'"]),
-    (["--recovery-interval", "9"], ["--recovery-interval", "--resume"]),
+    (["--checkpoint-interval", "10 min"], ["--checkpoint-interval", "updates", "'10 min'"]),
+    (["--recovery-interval", "-5"], ["--checkpoint-interval", "updates", "'-5'"]),
+    (["--checkpoint-interval", "1.5"], ["--checkpoint-interval", "updates", "'1.5'"]),
+    (["--chekpoint-interval", "5"], ["--chekpoint-interval", "'--checkpoint-interval'"]),
+    (["--on-nonfinite", "skp"], ["--on-nonfinite", "'skip'"]),
+    (["--dist-timeout", "0"], ["--dist-timeout", "above 0", "'0'"]),
+    (["--dist-timeout", "soon"], ["--dist-timeout", "10m", "'soon'"]),
     (["--kd-model-name", "resnet50"], ["--kd-model-name", "distillation"]),
     (["--naflex-loader"], ["--naflex-loader", "NaFlex"]),
     (["--fuser", "te"], ["--fuser", "--torchcompile"]),
@@ -289,8 +297,54 @@ def test_one_loss_is_settled(argv, loss):
     assert train("--loss", "bce", "--loss-pos-weight", "2").bce_pos_weight == 2
 
 
+def test_intervals_in_yaml_under_both_names(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "checkpoint_interval: 50\ndist_timeout: 90\n")
+    args = train("-c", recipe)
+    assert (args.checkpoint_interval, args.dist_timeout) == ("50", "90")
+    recipe = write(tmp_path / "r.yaml", "recovery_interval: 0\non_nonfinite: rewind\n")
+    args = train("-c", recipe, "--strict-data")
+    assert args.checkpoint_interval == "0" and args.on_nonfinite == "rewind" and args.strict_data
+    assert train("--recovery-interval", "1.5h").checkpoint_interval == "1.5h"
+    assert (train().checkpoint_interval, train().dist_timeout) == ("10m", "30m")
+
+
+@pytest.mark.parametrize(
+    "text, interval",
+    [
+        ("50", Interval(updates=50)),
+        ("0", Interval()),
+        ("90s", Interval(seconds=90)),
+        ("10m", Interval(seconds=600)),
+        ("1.5h", Interval(seconds=5400)),
+        ("2D", Interval(seconds=172800)),
+        ("0m", Interval()),
+    ],
+)
+def test_intervals(text, interval):
+    assert parse_interval(text) == interval
+    if interval.seconds:
+        assert parse_duration(text) == timedelta(seconds=interval.seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "m", "1.5", "-1", "1 0", "1e3", "inf", "nan", "10min", "\u0663", "1h30m", "9" * 99]
+)
+def test_no_intervals(text):
+    with pytest.raises(ValueError, match="updates"):
+        parse_interval(text)
+
+
+def test_durations():
+    assert parse_duration("90") == timedelta(seconds=90)
+    assert parse_duration("0.5") == timedelta(seconds=0.5)
+    for text in ("", "x", "-1", "nan", "1e999", "9" * 99 + "d"):
+        with pytest.raises(ValueError, match="seconds"):
+            parse_duration(text)
+
+
 def test_arguments_reload(tmp_path):
     argv = [tmp_path, "--lr", "1e-3", "--bce-loss", "--model-kwargs", "act_layer=relu", "--amp"]
+    argv += ["--checkpoint-interval", "7", "--dist-timeout", "45", "--on-nonfinite", "skip"]
     args = train(*argv, "--save-epochs", "2", "3")
     saved = as_yaml_dict(args)
     path = write(tmp_path / "args.yaml", yaml.safe_dump(saved))
