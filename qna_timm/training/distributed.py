@@ -1,18 +1,28 @@
 """The processes of a run: one without a launcher, several under torchrun or SLURM."""
 
-from argparse import Namespace
-from collections.abc import Callable
+import os
+import re
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.utils import init_distributed_device
+from timm.utils import world_info_from_env
 from torch import Tensor
 
 from qna_timm.training.errors import UsageError
+from qna_timm.training.launch import launched_by_slurm, set_rendezvous
 
 T = TypeVar("T")
+
+# Longest wait for connections to close, in seconds.
+LEAVE_SECONDS = 10
+# gloo reports a process that is gone, hangs or cannot be reached as a plain RuntimeError; the place
+# in its source comes first.
+GLOO = re.compile(r"\[[^\]]*gloo/[^\]]*\]\s*")
 
 
 @dataclass(frozen=True)
@@ -45,28 +55,132 @@ class Processes:
         return None if self.device.type == "cpu" else [self.device]
 
 
-def join_processes(device: str) -> Processes:
+def join_processes(device: str, timeout: timedelta | None = None) -> Processes:
     """Find the launcher's other processes, if any, and choose this process's device.
+
+    torchrun's variables are read, or those of SLURM's tasks, for which rank 0 is met on the first
+    machine of the job unless ``MASTER_ADDR`` and ``MASTER_PORT`` say otherwise.
 
     Args:
         device: Kind of device, such as ``cuda`` or ``cpu``; under a launcher each process gets
             the device of its number on the machine.
+        timeout: Longest wait for the other processes, here and in each collective operation;
+            PyTorch's when None.
 
     Raises:
-        UsageError: More processes on this machine than devices.
+        UsageError: No such device, more processes on this machine than devices, or variables of
+            a launcher that do not fit together.
+        torch.distributed.DistError: Other processes did not come in time (`lost_connection`).
     """
-    place = Namespace(device=device)
     try:
-        resolved = init_distributed_device(place)
-    except (AssertionError, RuntimeError) as error:
+        local_rank, rank, world_size = world_info_from_env()
+    except ValueError as error:
+        raise UsageError(f"the launcher's variables: {error}") from error
+    by_slurm = launched_by_slurm(os.environ)
+    if "WORLD_SIZE" not in os.environ and not by_slurm:
+        local_rank, rank, world_size = 0, 0, 1
+    resolved = _choose_device(device, local_rank if world_size > 1 else None, by_slurm)
+    if world_size > 1:
+        if by_slurm:
+            set_rendezvous(os.environ)
+        # What later looks for these, in this process or in its loader workers, finds one kind.
+        os.environ.update(LOCAL_RANK=str(local_rank), RANK=str(rank), WORLD_SIZE=str(world_size))
+        _connect(dist.get_default_backend_for_device(resolved), rank, world_size, timeout)
+    return Processes(resolved, rank, world_size)
+
+
+def _choose_device(device: str, local_rank: int | None, by_slurm: bool) -> torch.device:
+    """The device for this process; `local_rank` is None without a launcher."""
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {device}: CUDA is not available, --device cpu is")
+        count = torch.cuda.device_count()
+        if local_rank is not None and by_slurm and count == 1:
+            local_rank = 0  # SLURM shows each task its own device only
+        if (number := int(index or 0) if local_rank is None else local_rank) >= count:
+            raise UsageError(
+                f"--device {device}: process {number} of this machine has no device, {count} found"
+            )
+    try:
+        if local_rank is not None and kind != "cpu":
+            device = f"{kind}:{local_rank}"
+        resolved = torch.device(device)
+        if resolved.index is not None and hasattr(getattr(torch, kind, None), "set_device"):
+            getattr(torch, kind).set_device(resolved)
+    except RuntimeError as error:
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    return Processes(resolved, place.rank, place.world_size)
+    return resolved
+
+
+def _connect(backend: str, rank: int, world_size: int, timeout: timedelta | None) -> None:
+    """Connect to the other processes where the environment says that rank 0 is met."""
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    except ValueError as error:  # without MASTER_ADDR or MASTER_PORT
+        raise UsageError(f"{world_size} processes: {error}; torchrun and srun set it") from error
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UsageError(
+            f"MASTER_PORT={port}: in use on this machine, another number is needed"
+        ) from error
 
 
 def leave_processes() -> None:
-    """Close the connections to the other processes."""
+    """Close the connections to the other processes, without waiting long for lost ones."""
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        # Where others are gone, NCCL may wait for them until its own time is out.
+        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        closing.start()
+        closing.join(LEAVE_SECONDS)
+
+
+def lost_connection(error: BaseException) -> str | None:
+    """Say in one line that other processes are gone, if that is what an exception means.
+
+    Args:
+        error: Raised by a collective operation, by a backward pass that contains one, or by
+            `join_processes`.
+
+    Returns:
+        The line, or None for any other exception.
+    """
+    while error is not None:
+        text = str(error)
+        if isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and GLOO.search(text)
+        ):
+            # Only the first line, without advice on PyTorch, helps who runs this.
+            first, *_ = GLOO.sub("", text).strip().splitlines() or [type(error).__name__]
+            reason = first.partition(". This is typically")[0].rstrip(".")
+            return f"the connection to other processes is lost ({reason})"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def reduce_flags(values: Sequence[bool | Tensor], processes: Processes) -> list[int]:
+    """Element-wise maximum of a few flags over all processes: one all-reduce, one read by the host.
+
+    Args:
+        values: Whole numbers or booleans, those computed on the device as scalar tensors; as many
+            on every process.
+        processes: The run's processes.
+
+    Returns:
+        The maxima, the same on every process.
+    """
+    given = [0 if isinstance(value, Tensor) else int(value) for value in values]
+    if not processes.distributed and not any(isinstance(value, Tensor) for value in values):
+        return given
+    flags = torch.tensor(given, dtype=torch.int32).to(processes.device, non_blocking=True)
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            flags[index] = value
+    if processes.distributed:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.tolist()
 
 
 def decide_on_primary(processes: Processes, decide: Callable[[], T]) -> T:
