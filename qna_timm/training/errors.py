@@ -15,6 +15,13 @@ class UsageError(Exception):
     """
 
 
+class RunFailed(Exception):
+    """A run that cannot go on though its settings are right, told in one line.
+
+    What has been saved before stays good. `run_cli` turns it into exit code 1 without a traceback.
+    """
+
+
 def closest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """Suggest valid names near a misspelt one.
 
@@ -39,14 +46,23 @@ def closest(name: str, candidates: Iterable[str], n: int = 3) -> str:
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with its code.
 
-    A `UsageError` is printed as one line by rank 0 and ends every rank with exit code 2.
-    Anything else keeps its traceback: it is a defect of ours, not of the user's.
+    A `UsageError` is printed as one line by rank 0 and ends every rank with exit code 2. A
+    `RunFailed`, which may befall one rank alone, is printed by every rank that it befalls and ends
+    it with exit code 1. Anything else keeps its traceback: it is a defect of ours, not of the user's.
     """
     try:
         code = main()
     except UsageError as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            message = " ".join(str(error).split())
-            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+            _print_line("error", error)
         sys.exit(2)
+    except RunFailed as error:
+        rank = os.environ.get("RANK", "")
+        _print_line(f"failed on rank {rank}" if rank else "failed", error)
+        sys.exit(1)
     sys.exit(code or 0)
+
+
+def _print_line(what: str, error: Exception) -> None:
+    message = " ".join(str(error).split())
+    print(f"{os.path.basename(sys.argv[0])}: {what}: {message}", file=sys.stderr)

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
+from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from qna_timm.training.batches import Batches
 from qna_timm.training.sampling import EpochSampler, KeyedDataset
+from qna_timm.training.shards import ShardPlan
 
 
 def process_place() -> tuple[int, int]:
@@ -28,6 +30,7 @@ class ImageLoader:
         img_dtype: Type of the input.
         input_size: [C, H, W] of the input.
         mixes: Whether the collate function mixes samples (`FastCollateMixup`).
+        reads_ahead: Whether workers begin with the next epoch when they are through with one.
     """
 
     def __init__(
@@ -37,17 +40,21 @@ class ImageLoader:
         img_dtype: torch.dtype,
         input_size: Sequence[int],
         mixes: bool = False,
+        reads_ahead: bool = False,
     ) -> None:
-        self.loader = loader
+        prefetches = isinstance(loader, PrefetchLoader)
+        self._batches = Batches(loader.loader if prefetches else loader, reads_ahead)
+        if prefetches:
+            loader.loader = self._batches
+        self.loader = loader if prefetches else self._batches
         self.device = device
         self.img_dtype = img_dtype
         self.input_size = tuple(input_size)
         self._mixes = mixes
-        self._left_early = False
 
     @property
     def _inner(self) -> DataLoader:
-        return self.loader.loader if isinstance(self.loader, PrefetchLoader) else self.loader
+        return self._batches.loader
 
     @property
     def sampler(self) -> Sampler | None:
@@ -74,35 +81,45 @@ class ImageLoader:
     def mixup_enabled(self, enabled: bool) -> None:
         if self._mixes and enabled != self._mixing_switch.mixup_enabled:
             self._mixing_switch.mixup_enabled = enabled
-            self._forget_prefetched()
+            self._batches.forget()
 
     @property
     def _mixing_switch(self) -> Any:
         sampler = self._inner.sampler
         return sampler if isinstance(sampler, EpochSampler) else self._inner.collate_fn
 
-    def _forget_prefetched(self) -> None:
-        """Drops batches that timm's multi-epochs loader has begun to read ahead."""
-        if isinstance(self._inner, MultiEpochsDataLoader):
-            self._inner.iterator = None
+    @property
+    def plan(self) -> ShardPlan:
+        """How the epochs of a training loader are cut; for streams, as far as they know it."""
+        if isinstance(self._inner.sampler, EpochSampler):
+            return self._inner.sampler.plan
+        world_size = process_place()[1]
+        return ShardPlan(self.batch_size, world_size, len(self) * world_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose samples the next iteration gives."""
-        if self._left_early:
-            self._forget_prefetched()
-        self._left_early = False
-        for holder in (self.dataset, self._inner.sampler):
-            if hasattr(holder, "set_epoch"):
+    def shard_number(self, micro_batch: int) -> int:
+        """The number in the epoch of the shard that is this process's `micro_batch`."""
+        rank, world_size = process_place()
+        return micro_batch * world_size + rank
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Chooses what the next iteration gives.
+
+        Args:
+            epoch: From 0.
+            start: The micro-batch of this process that it begins with.
+        """
+        self._batches.set_epoch(epoch, start)
+        for holder in (self.dataset, self.sampler):
+            if hasattr(holder, "set_epoch") and not isinstance(holder, EpochSampler):
                 holder.set_epoch(epoch)
 
     def __len__(self) -> int:
+        """Micro-batches of a whole epoch, wherever the next iteration starts."""
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self._left_early = True
         for inputs, target in self.loader:
             yield (
                 inputs.to(self.device, self.img_dtype, non_blocking=True),
                 target.to(self.device, non_blocking=True),
             )
-        self._left_early = False

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import ImageMode
 from timm.data import AugMixDataset, create_loader
-from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
+from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -19,6 +19,7 @@ from qna_timm.training.image_loader import ImageLoader, process_place
 from qna_timm.training.padded_crop import PADDED, use_padded_crop
 from qna_timm.training.posterize import mend_posterize
 from qna_timm.training.sampling import EpochSampler, KeyedCollate, KeyedDataset
+from qna_timm.training.shards import ShardPlan, plan_shards, too_large_batch
 
 _PREFETCH_DEVICES = ("cuda", "npu")
 # Readers that share their files out over all workers of all ranks pad less with few workers.
@@ -30,9 +31,9 @@ def uses_prefetcher(args: argparse.Namespace, device: torch.device) -> bool:
     return not args.no_prefetcher and device.type in _PREFETCH_DEVICES
 
 
-def set_epoch(loader: ImageLoader, epoch: int) -> None:
-    """Makes the next iteration of a training loader give this epoch's order and augmentations."""
-    loader.set_epoch(epoch)
+def set_epoch(loader: ImageLoader, epoch: int, start: int = 0) -> None:
+    """Makes the next iteration of a training loader give this epoch from micro-batch `start` on."""
+    loader.set_epoch(epoch, start)
 
 
 def default_image_mode(channels: int) -> str:
@@ -101,10 +102,9 @@ def _rebuilt(loader: DataLoader, seed: int, **changes: Any) -> DataLoader:
         "persistent_workers": loader.persistent_workers,
         "generator": torch.Generator().manual_seed(seed),
     }
-    loader_class = MultiEpochsDataLoader if changes.pop("multi_epochs", False) else DataLoader
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's loader has said it
-        return loader_class(**{**kwargs, **changes})
+        return DataLoader(**{**kwargs, **changes})
 
 
 def _build(dataset: Dataset, args: argparse.Namespace, **kwargs: Any) -> Any:
@@ -168,12 +168,13 @@ def _split_kwargs(args: argparse.Namespace, num_aug_splits: int) -> dict[str, An
 
 
 def _epoch_sampler(
-    dataset: Dataset, args: argparse.Namespace, num_aug_splits: int
+    dataset: Dataset, args: argparse.Namespace, num_aug_splits: int, plan: ShardPlan | None
 ) -> EpochSampler | None:
     """The training order; None for streams, which have their own.
 
     Raises:
-        UsageError: less than one step, or a flag that streams cannot follow.
+        UsageError: less than one step, a plan that does not fit, or a flag that streams cannot
+            follow.
     """
     rank, world_size = process_place()
     if isinstance(dataset, IterableDataset):
@@ -183,29 +184,19 @@ def _epoch_sampler(
         # A stream goes round until it has filled a batch.
         images = getattr(getattr(dataset, "reader", None), "num_samples", None)
         if images and images < args.batch_size * world_size:
-            raise _too_large_batch(args.batch_size, world_size, images)
+            raise too_large_batch(args.batch_size, world_size, images)
         return None
-    sampler = EpochSampler(
+    if plan is None:
+        plan = plan_shards(
+            len(dataset), args.batch_size, world_size, args.grad_accum_steps, args.epoch_repeats
+        )
+    return EpochSampler(
         len(dataset),
-        args.batch_size,
+        plan,
         seed=args.seed,
         rank=rank,
         world_size=world_size,
-        epoch_repeats=args.epoch_repeats,
         aug_repeats=args.aug_repeats,
-    )
-    if not sampler.num_steps:
-        raise _too_large_batch(args.batch_size, world_size, len(dataset))
-    return sampler
-
-
-def _too_large_batch(batch_size: int, world_size: int, images: int) -> UsageError:
-    step = f"{batch_size}"
-    if world_size > 1:
-        step += f" x {world_size} processes = {batch_size * world_size} images a step"
-    return UsageError(
-        f"--batch-size {step} is larger than the training set of {images} images; "
-        f"use --batch-size {max(1, images // world_size)} or less"
     )
 
 
@@ -217,6 +208,7 @@ def create_train_loader(
     device: torch.device,
     mixup_collate: Callable[..., Any] | None = None,
     num_aug_splits: int = 0,
+    plan: ShardPlan | None = None,
 ) -> ImageLoader:
     """Training loader with every augmentation flag of `args`.
 
@@ -227,6 +219,7 @@ def create_train_loader(
         device: Where batches go.
         mixup_collate: timm's `FastCollateMixup`; needs `uses_prefetcher(args, device)`.
         num_aug_splits: Augmented copies of each sample in a batch (0: no splits).
+        plan: How epochs are cut into shards; None cuts them for the flags and processes of now.
 
     Raises:
         UsageError: one step needs more images than there are, or an augmentation flag is wrong.
@@ -234,7 +227,7 @@ def create_train_loader(
     """
     if mixup_collate is not None and not uses_prefetcher(args, device):
         raise ValueError("mixup_collate mixes the prefetcher's bytes; mix in the loop instead")
-    sampler = _epoch_sampler(dataset, args, num_aug_splits)
+    sampler = _epoch_sampler(dataset, args, num_aug_splits, plan)
     if num_aug_splits > 1 and not isinstance(dataset, AugMixDataset):
         dataset = AugMixDataset(dataset, num_splits=num_aug_splits)
     _set_image_mode(dataset, args, data_config["input_size"][0])
@@ -246,7 +239,7 @@ def create_train_loader(
         dataset,
         args,
         input_size=data_config["input_size"],
-        batch_size=args.batch_size,
+        batch_size=args.batch_size if sampler is None else sampler.plan.batch_size,
         is_training=True,
         mean=data_config["mean"],
         std=data_config["std"],
@@ -267,7 +260,7 @@ def create_train_loader(
             kwargs["interpolation"],
         )
     mend_posterize(inner.dataset)
-    changes: dict[str, Any] = {"multi_epochs": args.use_multi_epochs_loader}
+    changes: dict[str, Any] = {}
     if sampler is not None:
         changes["dataset"] = KeyedDataset(inner.dataset, args.worker_seeding)
         changes["sampler"] = sampler
@@ -281,7 +274,12 @@ def create_train_loader(
     else:
         loader = inner
     return ImageLoader(
-        loader, device, img_dtype, data_config["input_size"], mixes=mixup_collate is not None
+        loader,
+        device,
+        img_dtype,
+        data_config["input_size"],
+        mixes=mixup_collate is not None,
+        reads_ahead=args.use_multi_epochs_loader,
     )
 
 

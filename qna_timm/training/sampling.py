@@ -1,4 +1,4 @@
-"""Which samples a step sees, and with which random numbers they are augmented.
+"""Which samples a shard holds, and with which random numbers they are augmented.
 
 Both depend only on (seed, epoch, position in the epoch): not on the number of processes or of
 loader workers, and not on what ran before. A resumed epoch is therefore the epoch it resumes.
@@ -15,17 +15,29 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from qna_timm.training.shards import ShardPlan
+
 # Keeps the random numbers of a batch's mixing apart from those of its first sample.
 _COLLATE_SALT = 0x5BD1E995
 _NUMPY_SEEDS = 2**32
 
 
 class SampleKey(NamedTuple):
-    """What the sampler hands to the dataset instead of a bare index."""
+    """What the sampler hands to the dataset instead of a bare index.
+
+    Attributes:
+        index: Of the sample in the dataset.
+        seed: Of the random numbers that augment it.
+        mixup: Whether its shard is mixed by the collate function.
+        epoch: From 0.
+        position: In the epoch's order over all processes.
+    """
 
     index: int
     seed: int
     mixup: bool
+    epoch: int
+    position: int
 
 
 class KeyedBatch(list):
@@ -36,57 +48,113 @@ class KeyedBatch(list):
         self.key = key
 
 
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that is a function of `parts`; those of neighbouring parts are unrelated."""
+    text = "/".join(map(str, parts))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """A CPU generator that is a function of (seed, epoch); neighbouring pairs are unrelated."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    """A CPU generator that is a function of (seed, epoch)."""
+    return torch.Generator().manual_seed(derive_seed(seed, epoch))
+
+
+def seed_shard(seed: int, epoch: int, shard: int, device: torch.device) -> None:
+    """Seeds what the training loop draws from while it computes a shard.
+
+    Those are the global generators of Python, NumPy and PyTorch, the last for the CPU and for
+    `device`: mixing in the loop, dropout and drop path depend on (seed, epoch, shard) alone.
+
+    Args:
+        seed: Of the run.
+        epoch: From 0.
+        shard: Number of the shard in the epoch, see `ShardPlan`.
+        device: Where the shard is computed.
+    """
+    derived = derive_seed("loop", seed, epoch, shard)
+    _seed_cpu(derived, seed_numpy=True)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(derived)
 
 
 class EpochSampler(Sampler[SampleKey]):
-    """Shuffled training order, shared out over the processes step by step.
+    """Shuffled training order, of which each process takes in every world_size-th shard.
 
-    Step i of P processes with b images each holds the same set of samples as step i of one
-    process with P * b images. The incomplete last step is left out.
+    Micro-batch a of rank r is shard a * world_size + r of the epoch; which samples are in it is
+    up to the plan alone. Samples that fill no shard are left out.
 
     Args:
         num_samples: Samples in the dataset.
-        batch_size: Images a process takes per step, b.
+        plan: How the epoch is cut into shards.
         seed: Seed of the run.
         rank: This process, 0..world_size-1.
-        world_size: Number of processes, P.
-        epoch_repeats: Passes over the dataset per epoch (0 means 1).
+        world_size: Number of processes.
         aug_repeats: Copies of a sample that follow one another in the order (repeated
             augmentation); the epoch keeps its length and sees fewer distinct samples.
+
+    Raises:
+        UsageError: The plan's shards cannot be shared out over so many processes.
     """
 
     def __init__(
         self,
         num_samples: int,
-        batch_size: int,
+        plan: ShardPlan,
         *,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        epoch_repeats: float = 0,
         aug_repeats: float = 0,
     ) -> None:
+        plan.accumulation(world_size)
         self.num_samples = num_samples
+        self.plan = plan
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.aug_repeats = aug_repeats
         self.epoch = 0
+        self.start = 0
         self.mixup_enabled = True
-        epoch_size = round(num_samples * (epoch_repeats or 1))
-        self.num_steps = epoch_size // (batch_size * world_size)
-        self.total_size = self.num_steps * batch_size * world_size
+        self.total_size = plan.shards_per_epoch * plan.batch_size
+        self._drawn: tuple[int, torch.Tensor, torch.Tensor] | None = None
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order the next iteration gives."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Chooses what the next iteration gives.
+
+        Args:
+            epoch: From 0.
+            start: Micro-batches of this process that are left out at the beginning.
+        """
         self.epoch = epoch
+        self.start = start
+
+    def shard_number(self, micro_batch: int) -> int:
+        """The number in the epoch of the shard that is this process's `micro_batch`."""
+        return micro_batch * self.world_size + self.rank
+
+    def keys(self, epoch: int, micro_batch: int) -> list[SampleKey]:
+        """The samples of any of this process's micro-batches."""
+        order, seeds = self._draw(epoch)
+        positions = self.plan.positions(self.shard_number(micro_batch))
+        mine = slice(positions.start, positions.stop, positions.step)
+        return [
+            SampleKey(index, seed, self.mixup_enabled, epoch, position)
+            for index, seed, position in zip(
+                order[mine].tolist(), seeds[mine].tolist(), positions, strict=True
+            )
+        ]
+
+    def _draw(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dataset indices and seeds of a whole epoch over all processes, each [total_size]."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            generator = epoch_generator(self.seed, epoch)
+            order = self._order(generator)
+            self._drawn = epoch, order, torch.randint(2**62, order.shape, generator=generator)
+        return self._drawn[1:]
 
     def _order(self, generator: torch.Generator) -> torch.Tensor:
-        """Dataset indices of the whole epoch over all processes, [total_size]."""
         repeats = self.aug_repeats if self.aug_repeats > 1 else 1
         needed = math.ceil(self.total_size / repeats)
         passes = math.ceil(needed / self.num_samples)
@@ -97,14 +165,12 @@ class EpochSampler(Sampler[SampleKey]):
         return order[copies]
 
     def __iter__(self) -> Iterator[SampleKey]:
-        generator = epoch_generator(self.seed, self.epoch)
-        order = self._order(generator) if self.total_size else torch.empty(0, dtype=torch.long)
-        seeds = torch.randint(2**62, (self.total_size,), generator=generator)
-        mine = slice(self.rank, None, self.world_size)
-        for index, seed in zip(order[mine].tolist(), seeds[mine].tolist(), strict=True):
-            yield SampleKey(index, seed, self.mixup_enabled)
+        epoch = self.epoch
+        for micro_batch in range(self.start, self.plan.shards_per_epoch // self.world_size):
+            yield from self.keys(epoch, micro_batch)
 
     def __len__(self) -> int:
+        """Samples of a whole epoch of this process, wherever the next iteration starts."""
         return self.total_size // self.world_size
 
 

@@ -22,6 +22,7 @@ from qna_timm.training import data, loaders, posterize
 from qna_timm.training.errors import UsageError
 from qna_timm.training.recipe import parse_train_args, parse_validate_args
 from qna_timm.training.sampling import EpochSampler, KeyedCollate, KeyedDataset
+from qna_timm.training.shards import plan_shards
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -113,7 +114,11 @@ class TestOrder:
         """Steps of an epoch; each is the list of (index, seed) over all processes."""
         per_rank = []
         for rank in range(processes):
-            sampler = EpochSampler(53, batch, seed=7, rank=rank, world_size=processes, **kwargs)
+            plan = plan_shards(53, batch, processes, 1, kwargs.get("epoch_repeats", 0))
+            repeats = kwargs.get("aug_repeats", 0)
+            sampler = EpochSampler(
+                53, plan, seed=7, rank=rank, world_size=processes, aug_repeats=repeats
+            )
             sampler.set_epoch(epoch)
             keys = [(key.index, key.seed) for key in sampler]
             assert len(keys) == len(sampler)
@@ -136,7 +141,7 @@ class TestOrder:
     def test_neighbouring_seeds_and_epochs_are_unrelated(self) -> None:
         orders = set()
         for seed, epoch in ((7, 1), (8, 0), (1, 7)):
-            sampler = EpochSampler(53, 53, seed=seed)
+            sampler = EpochSampler(53, plan_shards(53, 53, 1), seed=seed)
             sampler.set_epoch(epoch)
             orders.add(tuple(key.index for key in sampler))
         assert len(orders) == 3
@@ -281,7 +286,7 @@ class TestTrainLoader:
 
         def one_epoch() -> torch.Tensor:
             collate = KeyedCollate(FastCollateMixup(mixup_alpha=1.0, num_classes=8))
-            sampler = EpochSampler(8, 4, seed=0)
+            sampler = EpochSampler(8, plan_shards(8, 4, 1), seed=0)
             loader = DataLoader(KeyedDataset(Grey()), 4, sampler=sampler, collate_fn=collate)
             return torch.cat([target for _, target in loader])
 
