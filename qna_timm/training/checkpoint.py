@@ -9,7 +9,10 @@ key, a JSON object (the *metadata*) that says what the weights are:
   ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``): the images it was evaluated on;
 - ``class_names`` (list, or None where the data has no names);
 - ``dataset`` (the data flags of the run: ``dataset``, ``data_dir``, ``val_split``, ...);
-- ``epoch``, ``metric``, ``metric_name``, ``ema`` (whether the weights are the averaged ones).
+- ``epoch`` (from 0), ``update`` (done in the run, None where not known), ``metric``,
+  ``metric_name``, ``ema`` (whether the weights are the averaged ones).
+
+The header also holds the digest of the file, see `files`: what is read here is what was written.
 """
 
 import argparse
@@ -30,7 +33,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from qna_timm.training.errors import UsageError, closest
-from qna_timm.training.files import save_tensors
+from qna_timm.training.files import STEP_KEY, check_digest, save_tensors
 from qna_timm.training.names import model_label
 
 METADATA_KEY = "qna_timm"
@@ -125,14 +128,19 @@ def read_metadata(path: str | Path, use_ema: bool = False) -> dict[str, Any]:
     timm's own checkpoints give ``arch``, ``epoch``, ``metric``; other files give ``{}``.
 
     Raises:
-        UsageError: There is no such file, or it is not a checkpoint.
+        UsageError: There is no such file, or it is damaged or not a checkpoint.
     """
     path = find_weights(path, use_ema)
     if _is_safetensors(path):
-        with _readable(path):
-            return json.loads(read_header(path).get(METADATA_KEY, "{}"))
+        check_digest(path)
+        return _own_metadata(path)
     with _readable(path):
         return _foreign_metadata(_torch_load(path))
+
+
+def _own_metadata(path: Path) -> dict[str, Any]:
+    with _readable(path):
+        return json.loads(read_header(path).get(METADATA_KEY, "{}"))
 
 
 def read_weights(
@@ -148,15 +156,16 @@ def read_weights(
         use_ema: Take the averaged weights if there are any.
 
     Raises:
-        UsageError: There is no such file, or it is not a checkpoint.
+        UsageError: There is no such file, or it is damaged or not a checkpoint.
     """
     path = find_weights(path, use_ema)
     if path.name.endswith(STATE_SUFFIX):
         weights = path.name.replace(STATE_SUFFIX, ".safetensors")
         raise UsageError(f"{path}: state for --resume, not weights; the weights are in {weights}")
     if _is_safetensors(path):
+        check_digest(path)
         with _readable(path):
-            return load_file(path), read_metadata(path)
+            return load_file(path), _own_metadata(path)
     with _readable(path):
         checkpoint = _torch_load(path)
         weights = _weights_entry(checkpoint, use_ema)
@@ -259,4 +268,8 @@ def save_weights(path: Path, model: nn.Module, metadata: Mapping[str, Any]) -> N
         metadata: JSON values, see the module's docstring.
     """
     header = {METADATA_KEY: json.dumps(dict(metadata))}
+    if metadata.get("epoch") is not None:
+        update = metadata.get("update")
+        done = "" if update is None else f", update {update}"
+        header[STEP_KEY] = f"epoch {metadata['epoch'] + 1}{done}"
     save_tensors(path, unwrap_model(model).state_dict(), header)

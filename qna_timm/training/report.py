@@ -21,10 +21,10 @@ from timm.models import safe_model_name
 import qna_timm
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
-from qna_timm.training.files import TEMPORARY_PATTERN, replacing
+from qna_timm.training.files import replacing
 from qna_timm.training.names import model_label
 from qna_timm.training.span_report import span_scalars
-from qna_timm.training.state_files import STATE_NAME, find_state
+from qna_timm.training.state_files import STATE_NAME, find_state, state_in
 
 ARGS_NAME = "args.yaml"
 SUMMARY_NAME = "summary.csv"
@@ -73,8 +73,8 @@ def plan_run(
         folder = state.parent if resumed_in_place else _new_folder(args, image_size)
         return folder, state
     if args.resume == "auto":
-        state = folder / STATE_NAME
-        if state.is_file():
+        state = state_in(folder)
+        if state is not None:
             return folder, state
         _logger.info("--resume auto: no %s in %s, starting afresh", STATE_NAME, folder)
         return folder, None
@@ -86,7 +86,8 @@ def _new_folder(args: argparse.Namespace, image_size: Sequence[int]) -> Path:
     output = Path(args.output)
     if args.experiment:
         folder = output / args.experiment
-        if folder.is_dir() and any(folder.iterdir()):
+        # A hidden file is the lock of a run that was killed before it wrote anything.
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise UsageError(
                 f"--experiment {args.experiment}: {folder} holds a run already; --resume auto goes"
                 " on with it, another name starts a new one"
@@ -103,7 +104,7 @@ def _new_folder(args: argparse.Namespace, image_size: Sequence[int]) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Create the run folder, or clear one that a run goes on in of what was never finished.
+    """Create the run folder, or see that one that is there can be written to.
 
     Raises:
         UsageError: It cannot be made or written to.
@@ -113,9 +114,6 @@ def make_folder(folder: Path) -> None:
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
-        # Left by a run that was killed while it wrote them.
-        for stale in folder.glob(TEMPORARY_PATTERN):
-            stale.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"--output: cannot write to {folder}: {error.strerror}") from error
 
