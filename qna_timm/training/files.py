@@ -184,7 +184,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[st
     with open(path, "xb") as file:
         file.write(opening)
         for name in names:
-            flat = tensors[name].detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+            flat = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
             data = flat.view(torch.uint8).numpy()
             digest.update(data)
             file.write(data)

@@ -109,7 +109,8 @@ class RunLock:
         }
         try:
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, json.dumps(holder).encode(), 0)
+            os.lseek(self._file, 0, os.SEEK_SET)
+            os.write(self._file, json.dumps(holder).encode())
         except OSError as error:
             _logger.warning("%s: not signed (%s)", self.path, error.strerror)
 
@@ -157,7 +158,8 @@ def _is_file_at(file: int, path: Path) -> bool:
 
 def _read(file: int) -> dict[str, Any]:
     try:
-        holder = json.loads(os.pread(file, 65536, 0))
+        os.lseek(file, 0, os.SEEK_SET)
+        holder = json.loads(os.read(file, 65536))
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}
