@@ -73,6 +73,17 @@ def test_forms_agree(case: tuple, floor: float) -> None:
     agree(run(problem(case, floor), "tiles", torch.float32), wanted, 1e-5)
 
 
+@pytest.mark.parametrize("floor", [0.0, 1e-8])
+def test_narrow_mask_beyond_the_map(floor: float) -> None:
+    """A mask narrower than its window, and tiles over the border: queries there see nothing."""
+    arguments = problem((1, 9, 17, 4, 1, 11, True, "positive"))
+    near = (ring_index(11) <= 1).double()
+    arguments["mask"] *= near
+    arguments["floor"] = floor * near
+    wanted = run(arguments, "reference")
+    agree(run(arguments, "tiles"), wanted, 1e-12)
+
+
 @pytest.mark.parametrize("scores", [1, 4000, 20000])
 def test_tiles_in_parts(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tile rows of one image at a time, or several images: the same numbers."""

@@ -115,7 +115,8 @@ class _Head:
         elif self.floor is not None:
             floor = self.work.get("scores", attn, attn.shape)
             total = total + torch.mul(attn, self.floor, out=floor).sum(dim=2, keepdim=True)
-        return weighed, total
+        # 0 behind the map's border alone, where a query's whole window can be left out
+        return weighed, total.clamp_min(torch.finfo(total.dtype).tiny)
 
     def grad_scores(
         self, attn: Tensor, weighed: Tensor, total: Tensor, slopes: Tensor
