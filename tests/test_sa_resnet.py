@@ -332,6 +332,23 @@ def test_compile_in_one_graph(kind: str) -> None:
     torch.testing.assert_close(compiled(odd), model(odd), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_each_image(kind: str) -> None:
+    """vmap over grad, as for privacy or influence: their mean is the gradient of the mean."""
+    model = small_model(kind)
+    parameters = dict(model.named_parameters())
+    x = torch.randn(2, 3, 9, 10)
+
+    def loss(parameters: dict, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    model(x).square().mean().backward()
+    for name, p in parameters.items():
+        torch.testing.assert_close(each[name].mean(dim=0), p.grad, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_graphs(kind: str) -> None:
     """Export, FX and TorchScript give what the model gives."""

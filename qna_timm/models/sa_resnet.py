@@ -307,7 +307,8 @@ class SAResNet(nn.Module):
     def forward_stem(self, x: Tensor) -> Tensor:
         """The first maps; channels-last where attention, which gives such maps, would mix both."""
         if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+            # not contiguous(memory_format=...), which vmap does not know
+            x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return self.stem_pool(self.stem(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
