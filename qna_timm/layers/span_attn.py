@@ -58,14 +58,14 @@ class AdaptiveSpan(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if max_span < 1:
-            raise ValueError(f"max_span must be at least 1 pixel, got {max_span}")
+        if max_span < 1 or max_span != int(max_span):
+            raise ValueError(f"max_span must be at least 1 pixel, whole, got {max_span}")
         if not 0.0 < span_ramp < math.inf:
             raise ValueError(f"span_ramp must be more than 0 pixels, got {span_ramp}")
         if not 0.0 <= span_init <= 1.0:
             raise ValueError(f"span_init must be in 0..1 (of max_span), got {span_init}")
         self.num_heads = num_heads
-        self.max_span = max_span
+        self.max_span = int(max_span)
         self.span_ramp = float(span_ramp)
         self.span_init = span_init
         self.exact_radius = exact_radius
@@ -203,7 +203,7 @@ class SpanAttention(nn.Module):
         if halved % 2:
             name = "out_chs" if rel_axes == "split" else "out_chs / num_heads"
             raise ValueError(f"{name} must be even for rel_axes={rel_axes!r}, got {halved}")
-        if eps < 0.0:
+        if not 0.0 <= eps < math.inf:
             raise ValueError(f"eps must not be negative, got {eps}")
         widest = 2 * max_span + 1 if adaptive else kernel_size
         if rel_size is None:
