@@ -83,9 +83,9 @@ def join_processes(device: str, timeout: timedelta | None = None) -> Processes:
     if world_size > 1:
         if by_slurm:
             set_rendezvous(os.environ)
+        _connect(dist.get_default_backend_for_device(resolved), rank, world_size, timeout)
         # What later looks for these, in this process or in its loader workers, finds one kind.
         os.environ.update(LOCAL_RANK=str(local_rank), RANK=str(rank), WORLD_SIZE=str(world_size))
-        _connect(dist.get_default_backend_for_device(resolved), rank, world_size, timeout)
     return Processes(resolved, rank, world_size)
 
 
