@@ -133,12 +133,17 @@ def read_metadata(path: str | Path, use_ema: bool = False) -> dict[str, Any]:
     path = find_weights(path, use_ema)
     if _is_safetensors(path):
         check_digest(path)
-        return _own_metadata(path)
+        return stored_metadata(path)
     with _readable(path):
         return _foreign_metadata(_torch_load(path))
 
 
-def _own_metadata(path: Path) -> dict[str, Any]:
+def stored_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a safetensors file, without a look at the rest of the file.
+
+    Raises:
+        UsageError: There is no such file, or its header is not readable.
+    """
     with _readable(path):
         return json.loads(read_header(path).get(METADATA_KEY, "{}"))
 
@@ -165,7 +170,7 @@ def read_weights(
     if _is_safetensors(path):
         check_digest(path)
         with _readable(path):
-            return load_file(path), _own_metadata(path)
+            return load_file(path), stored_metadata(path)
     with _readable(path):
         checkpoint = _torch_load(path)
         weights = _weights_entry(checkpoint, use_ema)

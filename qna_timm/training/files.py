@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -193,10 +193,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[st
 
 
 def _prove(path: Path) -> None:
-    """Read a file back that was just written, from the disk where the system can forget pages."""
-    if hasattr(os, "posix_fadvise"):
-        with open(path, "rb") as file, suppress(OSError):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    """Read a file back that was just written."""
     damage = find_damage(path, digested=True)
     if damage is not None:
         raise OSError(errno.EIO, f"what was written reads back otherwise: {damage}", str(path))

@@ -4,10 +4,12 @@ import logging
 import logging.handlers
 import sys
 import warnings
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 
 from qna_timm.training.errors import UsageError
+from qna_timm.training.writes import Writes
 
 _OWN = ("timm", "qna_timm", "train", "validate", "__main__")
 
@@ -22,6 +24,43 @@ class _Formatter(logging.Formatter):
         if record.levelno > logging.INFO:
             record.message = f"{record.levelname.lower()}: {record.message}"
         return super().formatMessage(record)
+
+
+class _FileLines(logging.Handler):
+    """Appends lines to a file; what a full disk refuses is kept and tried with the next line.
+
+    The file is opened for each line, which are few: nothing is lost at a kill, and a folder that
+    comes back is found again.
+    """
+
+    def __init__(self, path: Path, writes: Writes) -> None:
+        super().__init__()
+        self._path = path
+        self._writes = writes
+        self._waiting: deque[bytes] = deque(maxlen=10_000)
+        self._failing = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._waiting.append((self.format(record) + "\n").encode(errors="backslashreplace"))
+        except Exception:  # as logging has it: a mistake in a message ends no run
+            self.handleError(record)
+            return
+        try:
+            self._write()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self._failing = True  # first: the report passes through here too
+                self._writes.report(self._path.name, error)
+
+    def _write(self) -> None:
+        with open(self._path, "ab", buffering=0) as file:
+            while self._waiting:
+                # A disk may have room for a part of a line.
+                written = file.write(self._waiting[0])
+                if rest := self._waiting.popleft()[written:]:
+                    self._waiting.appendleft(rest)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
@@ -67,9 +106,14 @@ class RunLog:
         logging.getLogger().addHandler(handler)
         self._handlers.append(handler)
 
-    def to_file(self, path: Path) -> None:
-        """Say everything held back, and all that comes, on stderr and at the end of a file."""
-        file = logging.FileHandler(path, encoding="utf-8")
+    def to_file(self, path: Path, writes: Writes | None = None) -> None:
+        """Say everything held back, and all that comes, on stderr and at the end of a file.
+
+        Args:
+            path: The file.
+            writes: Is told if the file cannot be written to.
+        """
+        file = _FileLines(path, writes or Writes())
         file.setFormatter(_Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self._release(file, self._add_stream())
 

@@ -1,7 +1,6 @@
 """Which weights of a run are kept: the last, the best, the best few, the asked-for epochs."""
 
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 from timm.utils import unwrap_model
 from torch import nn
 
-from qna_timm.training.checkpoint import save_weights
-from qna_timm.training.files import replacing
+from qna_timm.training.checkpoint import save_weights, stored_metadata
+from qna_timm.training.errors import UsageError
+from qna_timm.training.files import replacing, second_name
 
 EMA = "_ema"
 """Ending of the names of averaged weights and of their metrics."""
@@ -84,9 +84,17 @@ class Saver:
         ]
 
     def save(
-        self, epoch: int, model: nn.Module, ema: nn.Module | None, metrics: Mapping[str, float]
+        self,
+        epoch: int,
+        model: nn.Module,
+        ema: nn.Module | None,
+        metrics: Mapping[str, float],
+        *,
+        update: int | None = None,
     ) -> None:
         """Write the weights after an epoch.
+
+        Nothing is removed before what takes its place is on disk and proven.
 
         Args:
             epoch: Number of the epoch just done, from 0.
@@ -94,13 +102,32 @@ class Saver:
             ema: The averaged model, wrapped or not.
             metrics: Of this epoch's evaluation, the averaged model's ending in ``_ema``; empty
                 after an epoch without evaluation.
+            update: Updates done in the run.
+
+        Raises:
+            OSError: A file could not be written. What was kept before is whole, and what is known
+                as best and kept is what is on disk: the next save goes on from that.
         """
         kinds = {"": model} if ema is None else {"": model, EMA: ema}
+        try:
+            self._save(epoch, kinds, metrics, update)
+        except OSError:
+            self._take_stock(epoch, list(kinds), metrics.get(self.metric_name))
+            raise
+
+    def _save(
+        self,
+        epoch: int,
+        kinds: Mapping[str, nn.Module],
+        metrics: Mapping[str, float],
+        update: int | None,
+    ) -> None:
         for kind, module in kinds.items():
             # Averages kept on the CPU are not evaluated and follow the model's metric.
             metric = metrics.get(self.metric_name + kind, metrics.get(self.metric_name))
             about = {
                 "epoch": epoch,
+                "update": update,
                 "metric": metric,
                 "metric_name": self.metric_name,
                 "ema": kind == EMA,
@@ -118,28 +145,52 @@ class Saver:
         """Keep this epoch's weights if it is one of the best so far, and drop the one it beats."""
         if metric is None or math.isnan(metric):
             return
-        ranked = [*self.kept, {"epoch": epoch, "metric": metric}]
-        # The sort is stable: of equal epochs the earlier stays, as timm has it.
-        ranked.sort(key=lambda entry: entry["metric"], reverse=not self.minimise)
-        self.kept, dropped = ranked[: self.keep], ranked[self.keep :]
-        if any(entry["epoch"] == epoch for entry in self.kept):
+        ranked = self._ranked(epoch, metric)
+        kept, dropped = ranked[: self.keep], ranked[self.keep :]
+        if any(entry["epoch"] == epoch for entry in kept):
             for kind in kinds:
                 self._copy_last(f"checkpoint-{epoch}", kind)
+        self.kept = ranked
         for entry in dropped:
-            for kind in ("", EMA):
+            for kind in (EMA, ""):
                 self._file(f"checkpoint-{entry['epoch']}", kind).unlink(missing_ok=True)
+            self.kept.remove(entry)
+
+    def _ranked(self, epoch: int, metric: float) -> list[dict[str, Any]]:
+        """The epochs kept and this one, the best first."""
+        # After a resume that goes back, an epoch is done a second time.
+        others = [entry for entry in self.kept if entry["epoch"] != epoch]
+        # The sort is stable: of equal epochs the earlier stays, as timm has it.
+        return sorted(
+            [*others, {"epoch": epoch, "metric": metric}],
+            key=lambda entry: entry["metric"],
+            reverse=not self.minimise,
+        )
+
+    def _take_stock(self, epoch: int, kinds: list[str], metric: float | None) -> None:
+        """After a failure, know as best and kept what is on disk."""
+        for kind in kinds:
+            try:
+                found = stored_metadata(self._file("best", kind))
+            except UsageError:
+                continue  # There is none, or the disk does not even read.
+            # The failure may have come after the rename.
+            if found.get("epoch") == epoch and found.get("metric") is not None:
+                self.best[kind] = {"epoch": epoch, "metric": found["metric"]}
+        if metric is not None and not math.isnan(metric):
+            there = self._file(f"checkpoint-{epoch}", "").is_file()
+            self.kept = self._ranked(epoch, metric) if there else self.kept
+        self.kept = [
+            entry for entry in self.kept if self._file(f"checkpoint-{entry['epoch']}", "").is_file()
+        ]
 
     def _file(self, name: str, kind: str) -> Path:
         return self.folder / f"{name}{kind}.safetensors"
 
     def _copy_last(self, name: str, kind: str) -> None:
         """Give the last weights a second name; they are never written in place, so link them."""
-        last = self._file("last", kind)
         with replacing(self._file(name, kind)) as temporary:
-            try:
-                os.link(last, temporary)
-            except OSError:
-                shutil.copyfile(last, temporary)
+            second_name(self._file("last", kind), temporary)
 
     def best_kind(self) -> str | None:
         """Of the model's and the averaged weights, the kind with the better best metric."""
