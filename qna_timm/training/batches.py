@@ -1,11 +1,26 @@
 """The batches of a `DataLoader` from any one on."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from qna_timm.training.bad_images import Replacement
+from qna_timm.training.errors import RunFailed
 from qna_timm.training.sampling import EpochSampler
+from qna_timm.training.workers import (
+    discard,
+    is_death,
+    persistent,
+    raise_if_one_died,
+    tell_deaths_only_while_waiting,
+    waiting,
+)
+
+_MOST_DEATHS = 3
+
+_logger = logging.getLogger(__name__)
 
 
 class Batches:
@@ -23,6 +38,8 @@ class Batches:
         self.epoch = 0
         self.start = 0
         self.current = 0  # number in the epoch of the batch that came out last
+        self.replaced: dict[int, Sequence[Replacement]] = {}  # by number, of batches that came out
+        self.restarts = 0
         seeks = isinstance(loader.sampler, EpochSampler)
         self._sampler = loader.sampler if seeks else None
         self._reads_ahead = reads_ahead and seeks and loader.num_workers > 0
@@ -43,22 +60,80 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        epoch, due = self.epoch, self.start
+        """Batches from `start` on, made anew where workers die.
+
+        Raises:
+            RunFailed: The workers die again and again, or an image cannot be replaced.
+        """
+        epoch, due, deaths = self.epoch, self.start, 0
         ahead, self._ahead = self._ahead, None
         iterator = ahead[1] if ahead and (ahead[0], 0) == (epoch, due) else None
-        if iterator is None:
-            iterator = self._iterate(epoch, due)
-        for self.current, batch in enumerate(iterator, due):
-            yield batch
+        while True:
+            try:
+                with waiting():
+                    if iterator is None:
+                        iterator = self._iterate(epoch, due)
+                    raise_if_one_died(iterator)
+                    batch, replaced = next(iterator)
+            except StopIteration:
+                break
+            except RunFailed as error:
+                raise _of_worker(error) from error
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self.loader.num_workers or not is_death(error):
+                    raise
+                deaths += 1
+                self._report(error, deaths, epoch, due)
+            else:
+                self.current, self.replaced[due] = due, replaced
+                yield batch
+                due, deaths = due + 1, 0
+                continue
+            # Here, not in the handler: its traceback would keep the old iterator alive.
+            discard(self.loader, iterator)
+            iterator = None
         if self._reads_ahead:
-            self._ahead = epoch + 1, self._iterate(epoch + 1, 0)
+            try:
+                self._ahead = epoch + 1, self._iterate(epoch + 1, 0)
+            except (RuntimeError, OSError, EOFError) as error:
+                if not is_death(error):
+                    raise
+                discard(self.loader, None)  # the next epoch starts its workers itself
+
+    def _report(self, error: BaseException, deaths: int, epoch: int, due: int) -> None:
+        """Warns of workers that died, or gives up.
+
+        Raises:
+            RunFailed: They died too often without a batch in between.
+        """
+        reason = " ".join(str(error).split()).rstrip(". ") or type(error).__name__
+        if deaths >= _MOST_DEATHS:
+            raise RunFailed(
+                f"loader workers die, {deaths} times without a batch in between: {reason}; fewer "
+                "--workers or a smaller --batch-size need less memory, /dev/shm included"
+            ) from error
+        self.restarts += 1
+        _logger.warning(
+            "loader workers are started anew for micro-batch %d of epoch %d (time %d): %s",
+            due,
+            epoch + 1,
+            self.restarts,
+            reason,
+        )
 
     def _iterate(self, epoch: int, first: int) -> Iterator[Any]:
         """The loader's batches from the `first` on; its workers begin at once."""
         if self._sampler is not None:
             self._sampler.set_epoch(epoch, first)
-            return iter(self.loader)
+        raise_if_one_died(persistent(self.loader))
         iterator = iter(self.loader)
-        for _ in range(first):
-            next(iterator)
+        tell_deaths_only_while_waiting()
+        if self._sampler is None:
+            for _ in range(first):
+                next(iterator)
         return iterator
+
+
+def _of_worker(error: RunFailed) -> RunFailed:
+    """An error's own line without the worker's traceback that PyTorch puts before it."""
+    return RunFailed(str(error).rsplit(f"{RunFailed.__name__}: ", 1)[-1].strip())

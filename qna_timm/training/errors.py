@@ -48,7 +48,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 
     A `UsageError` is printed as one line by rank 0 and ends every rank with exit code 2. A
     `RunFailed`, which may befall one rank alone, is printed by every rank that it befalls and ends
-    it with exit code 1. Anything else keeps its traceback: it is a defect of ours, not of the user's.
+    it with exit code 1. Anything else keeps its traceback: it is a defect of ours, not of the
+    user's.
     """
     try:
         code = main()

@@ -1,5 +1,6 @@
 """The loader that training and evaluation see: batches on the device, epochs by number."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,9 +10,15 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from qna_timm.training.bad_images import EvalImages, ReplacedImages, path_of
 from qna_timm.training.batches import Batches
+from qna_timm.training.erasing import KeyedErasing
+from qna_timm.training.generators import derive_seed
 from qna_timm.training.sampling import EpochSampler, KeyedDataset
 from qna_timm.training.shards import ShardPlan
+from qna_timm.training.streams import KeyedStream
+
+_logger = logging.getLogger(__name__)
 
 
 def process_place() -> tuple[int, int]:
@@ -24,13 +31,16 @@ def process_place() -> tuple[int, int]:
 class ImageLoader:
     """Yields (input [B, C, H, W], target) on the device from one of timm's loaders.
 
+    Images that cannot be read are replaced, and workers that die are started anew.
+
     Args:
-        loader: `DataLoader` or `PrefetchLoader`.
+        loader: `DataLoader` whose workers send `Collated` batches, or a `PrefetchLoader` of it.
         device: Where batches go.
         img_dtype: Type of the input.
         input_size: [C, H, W] of the input.
         mixes: Whether the collate function mixes samples (`FastCollateMixup`).
         reads_ahead: Whether workers begin with the next epoch when they are through with one.
+        seed: Of the run; what the prefetcher erases depends on it.
     """
 
     def __init__(
@@ -41,16 +51,28 @@ class ImageLoader:
         input_size: Sequence[int],
         mixes: bool = False,
         reads_ahead: bool = False,
+        seed: int = 0,
     ) -> None:
+        self.seed = seed
         prefetches = isinstance(loader, PrefetchLoader)
         self._batches = Batches(loader.loader if prefetches else loader, reads_ahead)
         if prefetches:
             loader.loader = self._batches
+            if loader.random_erasing is not None:
+                erasing = loader.random_erasing
+                loader.random_erasing = KeyedErasing(erasing, self._erasing_seed, device)
         self.loader = loader if prefetches else self._batches
         self.device = device
         self.img_dtype = img_dtype
         self.input_size = tuple(input_size)
         self._mixes = mixes
+        self._replaced = ReplacedImages()
+        self._warned = False
+
+    def _erasing_seed(self) -> int:
+        """Of the batch that came out last, which is the one that the prefetcher works on."""
+        batches = self._batches
+        return derive_seed("erase", self.seed, batches.epoch, self.shard_number(batches.current))
 
     @property
     def _inner(self) -> DataLoader:
@@ -59,17 +81,18 @@ class ImageLoader:
     @property
     def sampler(self) -> Sampler | None:
         """The sampler, or None for iterable datasets (torch puts a placeholder there)."""
-        return None if isinstance(self.dataset, IterableDataset) else self._inner.sampler
+        return None if isinstance(self._inner.dataset, IterableDataset) else self._inner.sampler
 
     @property
     def dataset(self) -> Dataset:
         """The dataset as it was opened, with its transform set."""
         dataset = self._inner.dataset
-        return dataset.dataset if isinstance(dataset, KeyedDataset) else dataset
+        ours = isinstance(dataset, (KeyedDataset, KeyedStream, EvalImages))
+        return dataset.dataset if ours else dataset
 
     @property
     def batch_size(self) -> int:
-        """Images per step of this process."""
+        """Images of a micro-batch of this process."""
         return self._inner.batch_size
 
     @property
@@ -86,7 +109,8 @@ class ImageLoader:
     @property
     def _mixing_switch(self) -> Any:
         sampler = self._inner.sampler
-        return sampler if isinstance(sampler, EpochSampler) else self._inner.collate_fn
+        # a stream's keyless samples are collated by a copy of timm's function alone
+        return sampler if isinstance(sampler, EpochSampler) else self._inner.collate_fn.collate_fn
 
     @property
     def plan(self) -> ShardPlan:
@@ -108,17 +132,47 @@ class ImageLoader:
             epoch: From 0.
             start: The micro-batch of this process that it begins with.
         """
+        if start and self.sampler is None and not self._warned:
+            self._warned = True
+            _logger.warning(
+                "this dataset is a stream: what has been trained on is read again and passed over; "
+                "the samples that follow are those of an uninterrupted run only if the stream "
+                "keeps its order"
+            )
         self._batches.set_epoch(epoch, start)
-        for holder in (self.dataset, self.sampler):
+        for holder in (self._inner.dataset, self.sampler):
             if hasattr(holder, "set_epoch") and not isinstance(holder, EpochSampler):
                 holder.set_epoch(epoch)
+
+    def samples(self, epoch: int, micro_batch: int) -> list[tuple[int, str]]:
+        """Index and path of the images of a training micro-batch; the path is empty without files.
+
+        Streams, which cannot tell, give an empty list.
+        """
+        if not isinstance(self._inner.sampler, EpochSampler):
+            return []
+        keys = self._inner.sampler.keys(epoch, micro_batch)
+        return [(key.index, path_of(self.dataset, key.index)) for key in keys]
+
+    def replaced(self, before: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+        """Images that could not be read and were replaced, as far as this process handed them out.
+
+        Args:
+            before: Only those of earlier (epoch, micro-batch)es; None for all.
+
+        Returns:
+            Fields of `Replacement`, sorted, each image once for each time that it was drawn.
+        """
+        return self._replaced.entries(before)
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch, wherever the next iteration starts."""
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for inputs, target in self.loader:
+        epoch, start = self._batches.epoch, self._batches.start
+        for micro_batch, (inputs, target) in enumerate(self.loader, start):
+            self._replaced.add(self._batches.replaced.pop(micro_batch, ()), epoch, micro_batch)
             yield (
                 inputs.to(self.device, self.img_dtype, non_blocking=True),
                 target.to(self.device, non_blocking=True),

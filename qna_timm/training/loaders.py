@@ -13,13 +13,15 @@ from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from qna_timm.training.collate import SplitCollate
+from qna_timm.training.bad_images import EvalImages, refuse_neighbours
+from qna_timm.training.collate import SplitCollate, TellingCollate
 from qna_timm.training.errors import UsageError
 from qna_timm.training.image_loader import ImageLoader, process_place
 from qna_timm.training.padded_crop import PADDED, use_padded_crop
 from qna_timm.training.posterize import mend_posterize
 from qna_timm.training.sampling import EpochSampler, KeyedCollate, KeyedDataset
 from qna_timm.training.shards import ShardPlan, plan_shards, too_large_batch
+from qna_timm.training.streams import KeyedStream
 
 _PREFETCH_DEVICES = ("cuda", "npu")
 # Readers that share their files out over all workers of all ranks pad less with few workers.
@@ -105,6 +107,16 @@ def _rebuilt(loader: DataLoader, seed: int, **changes: Any) -> DataLoader:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's loader has said it
         return DataLoader(**{**kwargs, **changes})
+
+
+def _with_inner(
+    loader: DataLoader | PrefetchLoader, inner: DataLoader
+) -> DataLoader | PrefetchLoader:
+    """timm's loader with another `DataLoader` in it, or in its place."""
+    if not isinstance(loader, PrefetchLoader):
+        return inner
+    loader.loader = inner
+    return loader
 
 
 def _build(dataset: Dataset, args: argparse.Namespace, **kwargs: Any) -> Any:
@@ -262,17 +274,17 @@ def create_train_loader(
     mend_posterize(inner.dataset)
     changes: dict[str, Any] = {}
     if sampler is not None:
-        changes["dataset"] = KeyedDataset(inner.dataset, args.worker_seeding)
+        refuse_neighbours(inner.dataset)
+        changes["dataset"] = KeyedDataset(inner.dataset, getattr(args, "strict_data", False))
         changes["sampler"] = sampler
         changes["collate_fn"] = KeyedCollate(inner.collate_fn)
-    elif mixup_collate is not None:
-        # Persistent workers hold copies of the collate function and would never stop mixing.
-        changes["persistent_workers"] = False
-    inner = _rebuilt(inner, args.seed + process_place()[0], **changes)
-    if isinstance(loader, PrefetchLoader):
-        loader.loader = inner
     else:
-        loader = inner
+        changes["dataset"] = KeyedStream(inner.dataset, args.seed, process_place()[0])
+        changes["collate_fn"] = TellingCollate(inner.collate_fn)
+        if mixup_collate is not None:
+            # Persistent workers hold copies of the collate function and would never stop mixing.
+            changes["persistent_workers"] = False
+    loader = _with_inner(loader, _rebuilt(inner, args.seed + process_place()[0], **changes))
     return ImageLoader(
         loader,
         device,
@@ -280,6 +292,7 @@ def create_train_loader(
         data_config["input_size"],
         mixes=mixup_collate is not None,
         reads_ahead=args.use_multi_epochs_loader,
+        seed=args.seed,
     )
 
 
@@ -331,8 +344,10 @@ def create_eval_loader(
         use_prefetcher=uses_prefetcher(args, device),
         tf_preprocessing=getattr(args, "tf_preprocessing", False),
     )
-    if isinstance(loader, PrefetchLoader):
-        loader.loader = _rebuilt(loader.loader, args.seed + rank)
-    else:
-        loader = _rebuilt(loader, args.seed + rank)
+    inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
+    changes: dict[str, Any] = {"collate_fn": TellingCollate(inner.collate_fn)}
+    if not isinstance(dataset, IterableDataset):
+        refuse_neighbours(inner.dataset)
+        changes["dataset"] = EvalImages(inner.dataset, getattr(args, "strict_data", False))
+    loader = _with_inner(loader, _rebuilt(inner, args.seed + rank, **changes))
     return ImageLoader(loader, device, img_dtype, data_config["input_size"])

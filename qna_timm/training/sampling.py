@@ -4,22 +4,20 @@ Both depend only on (seed, epoch, position in the epoch): not on the number of p
 loader workers, and not on what ran before. A resumed epoch is therefore the epoch it resumes.
 """
 
-import contextlib
-import hashlib
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler
 
+from qna_timm.training.bad_images import ReadableImages, Replacement, Samples
+from qna_timm.training.collate import Collated, TellingCollate
+from qna_timm.training.generators import derive_seed, generators_kept, seed_generators
 from qna_timm.training.shards import ShardPlan
 
 # Keeps the random numbers of a batch's mixing apart from those of its first sample.
 _COLLATE_SALT = 0x5BD1E995
-_NUMPY_SEEDS = 2**32
 
 
 class SampleKey(NamedTuple):
@@ -40,19 +38,14 @@ class SampleKey(NamedTuple):
     position: int
 
 
-class KeyedBatch(list):
-    """Samples of one batch, with the key of the first."""
+class KeyedSamples(Samples):
+    """Samples of one shard, with the key of the first."""
 
-    def __init__(self, samples: Sequence[Any], key: SampleKey) -> None:
-        super().__init__(samples)
+    def __init__(
+        self, samples: Sequence[Any], key: SampleKey, replaced: Sequence[Replacement] = ()
+    ) -> None:
+        super().__init__(samples, replaced)
         self.key = key
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that is a function of `parts`; those of neighbouring parts are unrelated."""
-    text = "/".join(map(str, parts))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -72,10 +65,7 @@ def seed_shard(seed: int, epoch: int, shard: int, device: torch.device) -> None:
         shard: Number of the shard in the epoch, see `ShardPlan`.
         device: Where the shard is computed.
     """
-    derived = derive_seed("loop", seed, epoch, shard)
-    _seed_cpu(derived, seed_numpy=True)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(derived)
+    seed_generators(derive_seed("loop", seed, epoch, shard), device)
 
 
 class EpochSampler(Sampler[SampleKey]):
@@ -174,70 +164,49 @@ class EpochSampler(Sampler[SampleKey]):
         return self.total_size // self.world_size
 
 
-def _seed_cpu(seed: int, seed_numpy: bool) -> None:
-    random.seed(seed)
-    # Not torch.manual_seed: that would also restart the accelerator's generator.
-    torch.random.default_generator.manual_seed(seed)
-    if seed_numpy:
-        np.random.seed(seed % _NUMPY_SEEDS)
-
-
-@contextlib.contextmanager
-def _rng_kept() -> Iterator[None]:
-    """Restores the CPU generators on exit, so that loading in the main process leaves no trace."""
-    if get_worker_info() is not None:
-        yield  # a worker's generators serve nothing else
-        return
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
-
-
 class KeyedDataset(Dataset):
     """Reads samples by `SampleKey`, each augmented with its own key's random numbers.
 
+    A sample that cannot be read is replaced by another, which its key chooses.
+
     Args:
         dataset: Map-style dataset whose transform draws from the global CPU generators.
-        worker_seeding: `all`, or `part` to leave numpy's generator alone as timm does.
+        strict: Fail instead of replacing (--strict-data).
     """
 
-    def __init__(self, dataset: Dataset, worker_seeding: str = "all") -> None:
+    def __init__(self, dataset: Dataset, strict: bool = False) -> None:
         self.dataset = dataset
-        self.seed_numpy = worker_seeding != "part"
+        self.images = ReadableImages(dataset, "train", strict)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> Any:
-        with _rng_kept():
-            return self._read(key)
+        return self.__getitems__([key])[0]
 
-    def _read(self, key: SampleKey) -> Any:
-        _seed_cpu(key.seed, self.seed_numpy)
-        return self.dataset[key.index]
+    def __getitems__(self, keys: Sequence[SampleKey]) -> KeyedSamples:
+        samples, replaced = [], []
+        with generators_kept():
+            for key in keys:
+                sample, fault = self.images.read(
+                    key.index, key.seed, lambda seed=key.seed: seed_generators(seed)
+                )
+                samples.append(sample)
+                if fault is not None:
+                    replaced.append(fault._replace(epoch=key.epoch, position=key.position))
+        return KeyedSamples(samples, keys[0], replaced)
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> KeyedBatch:
-        with _rng_kept():
-            return KeyedBatch([self._read(key) for key in keys], keys[0])
 
-
-class KeyedCollate:
-    """Collates a `KeyedBatch` with the random numbers and the mixing switch of its key.
+class KeyedCollate(TellingCollate):
+    """Collates `KeyedSamples` with the random numbers and the mixing switch of their key.
 
     The switch travels in the key because persistent workers keep their own copy of the collate
     function, which the main process cannot reach.
     """
 
-    def __init__(self, collate_fn: Callable[[Sequence[Any]], Any]) -> None:
-        self.collate_fn = collate_fn
-
-    def __call__(self, batch: KeyedBatch) -> Any:
+    def __call__(self, samples: KeyedSamples) -> Collated:
         if hasattr(self.collate_fn, "mixup_enabled"):
-            self.collate_fn.mixup_enabled = batch.key.mixup
-        with _rng_kept():
-            _seed_cpu(batch.key.seed ^ _COLLATE_SALT, seed_numpy=True)
-            return self.collate_fn(batch)
+            self.collate_fn.mixup_enabled = samples.key.mixup
+        with generators_kept():
+            seed_generators(samples.key.seed ^ _COLLATE_SALT)
+            return super().__call__(samples)

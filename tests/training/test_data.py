@@ -288,7 +288,7 @@ class TestTrainLoader:
             collate = KeyedCollate(FastCollateMixup(mixup_alpha=1.0, num_classes=8))
             sampler = EpochSampler(8, plan_shards(8, 4, 1), seed=0)
             loader = DataLoader(KeyedDataset(Grey()), 4, sampler=sampler, collate_fn=collate)
-            return torch.cat([target for _, target in loader])
+            return torch.cat([collated.batch[1] for collated in loader])
 
         first = one_epoch()
         np.random.rand(5)
