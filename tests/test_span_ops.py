@@ -214,6 +214,12 @@ def test_function_transforms() -> None:
     assert torch.allclose(torch.func.grad(total)(qkv), wanted)
     each = torch.func.vmap(torch.func.grad(total))(qkv[:, None])
     assert torch.allclose(each.flatten(0, 1), wanted)
+    jacobian = torch.func.jacrev(lambda qkv: span_attention(qkv, **arguments))
+    assert torch.allclose(torch.func.jacrev(total)(qkv), wanted)
+    found, plain = jacobian(qkv[:1, :2, :2]), arguments | {"impl": "offsets"}
+    assert torch.allclose(
+        found, torch.func.jacfwd(lambda qkv: span_attention(qkv, **plain))(qkv[:1, :2, :2])
+    )
 
 
 def test_compiled() -> None:

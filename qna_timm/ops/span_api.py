@@ -73,8 +73,9 @@ def span_attention(
         scale: Of the scores.
         mask_padding: Leave offsets off the map out.
         impl: 'auto', or one form with no fall-back: 'reference' (position by position), 'offsets'
-            (any order of gradients, scripts; keeps B*h*H*W*K scores) or 'tiles' (gradients by
-            hand; keeps qkv). 'auto' is 'tiles', except in scripts.
+            (any order of gradients, forward-mode ones, scripts; keeps B*h*H*W*K scores) or 'tiles'
+            (gradients by hand, not forward-mode; keeps qkv). 'auto' is 'tiles', except in
+            scripts.
 
     Returns:
         [B, H, W, C] in qkv's dtype.

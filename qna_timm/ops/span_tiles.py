@@ -368,13 +368,18 @@ def _grad_of_offsets(
     scale: float,
 ) -> list[Tensor | None]:
     """Gradients of qkv, both tables and the mask that have gradients themselves."""
-    wanted = [x for x in inputs[:4] if x is not None and x.requires_grad]
-    qkv, *tables = inputs
-    with torch.autocast(qkv.device.type, enabled=False):
-        out = span_offsets(qkv.to(tables[0].dtype), *tables, num_heads, mask_padding, scale)
-    out = out.to(qkv.dtype)
-    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return [next(grads) if x is not None and x.requires_grad else None for x in inputs[:4]]
+    given = [x for x in inputs[:4] if x is not None]
+
+    def offsets(
+        qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        rest = (rel_pos_h, rel_pos_w, mask, inputs[4], num_heads, mask_padding, scale)
+        return span_offsets(qkv.to(rel_pos_h.dtype), *rest).to(qkv.dtype)
+
+    with torch.autocast(grad.device.type, enabled=False):
+        # not autograd.grad: of what torch.func.vjp has left, no graph leads back to saved inputs
+        _, gradients = torch.func.vjp(offsets, *given)
+        return [*gradients(grad), None][:4]
 
 
 def span_tiles(
