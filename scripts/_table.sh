@@ -172,7 +172,8 @@ train_row() {
   else
     best_top1 "$output/$row/summary.csv" || return 1
   fi
-  if [[ $output == "$temporary"/* && $row != "${KEPT:-}" ]]; then
+  # Never without --smoke, where $temporary is empty.
+  if [[ -n $temporary && $output == "$temporary"/* && $row != "${KEPT:-}" ]]; then
     rm -rf -- "${output:?}/$row" # a GB for a large model
   fi
 }

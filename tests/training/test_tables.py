@@ -146,6 +146,19 @@ def test_span_rows_are_trained_on_a_part_and_scored_on_the_test_images(processes
     assert "paper" not in result.stdout.splitlines()[0].lower()
 
 
+@pytest.mark.parametrize(
+    "script, row",
+    [("qna_table.sh", "qna_vit_tiny"), ("span_table.sh", "sa_resnet_small_adaptive")],
+)
+def test_trained_rows_are_kept(script, row, tmp_path):
+    weights = tmp_path / row / "best.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
+    argv = ["--rows", row, "--data-dir", tmp_path, "--output", tmp_path]
+    result = run_script(script, "train", *argv, PYTHON="echo")
+    assert "train.py" in result.stderr and weights.exists()
+
+
 def test_span_table_refuses_processes_that_do_not_divide_its_batch():
     result = run_script("span_table.sh", "train", "--smoke", "--nproc", 4, PYTHON="false")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
