@@ -56,6 +56,7 @@ class RunLock:
         self.command = list(sys.argv if command is None else command)
         self.patience = patience
         self._file: int | None = None
+        self._process = 0
 
     def __enter__(self) -> "RunLock":
         """Take the lock.
@@ -97,6 +98,7 @@ class RunLock:
             finally:
                 if self._file is None:
                     os.close(file)
+        self._process = os.getpid()
         self._sign()
 
     def _sign(self) -> None:
@@ -115,7 +117,8 @@ class RunLock:
             _logger.warning("%s: not signed (%s)", self.path, error.strerror)
 
     def _release(self) -> None:
-        if self._file is None:
+        # A forked child that leaves the block has no lock to give back.
+        if self._file is None or self._process != os.getpid():
             return
         try:
             # While it is still held: who has opened the file meanwhile will see that it is gone.

@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class Saver:
         ranked = self._ranked(epoch, metric)
         kept, dropped = ranked[: self.keep], ranked[self.keep :]
         if any(entry["epoch"] == epoch for entry in kept):
-            for kind in kinds:
+            for kind in reversed(kinds):  # an epoch counts as kept if the model's weights are there
                 self._copy_last(f"checkpoint-{epoch}", kind)
         self.kept = ranked
         for entry in dropped:
@@ -177,9 +178,11 @@ class Saver:
             # The failure may have come after the rename.
             if found.get("epoch") == epoch and found.get("metric") is not None:
                 self.best[kind] = {"epoch": epoch, "metric": found["metric"]}
-        if metric is not None and not math.isnan(metric):
-            there = self._file(f"checkpoint-{epoch}", "").is_file()
-            self.kept = self._ranked(epoch, metric) if there else self.kept
+        if not self._file(f"checkpoint-{epoch}", "").is_file():
+            with suppress(OSError):  # what had no room may not leave the half of itself
+                self._file(f"checkpoint-{epoch}", EMA).unlink(missing_ok=True)
+        elif metric is not None and not math.isnan(metric):
+            self.kept = self._ranked(epoch, metric)
         self.kept = [
             entry for entry in self.kept if self._file(f"checkpoint-{entry['epoch']}", "").is_file()
         ]

@@ -17,9 +17,10 @@ from PIL import Image
 from qna_timm.training import curves, report
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
-from qna_timm.training.files import replacing
+from qna_timm.training.lock import LOCK_NAME
 from qna_timm.training.logs import RunLog
 from qna_timm.training.recipe import as_yaml_dict, parse_train_args
+from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME
 
 ROWS = [
     report.summary_row(0, {"loss": 2.0}, {}, 0.1),
@@ -106,13 +107,21 @@ def test_existing_experiment_is_refused(tmp_path: Path) -> None:
         report.plan_run(args, (32, 32), False)
 
 
-def test_folder_of_a_killed_run_is_cleared(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "kept") as temporary:
-        raise ZeroDivisionError
-    temporary.touch()
-    (tmp_path / "kept").touch()
-    report.make_folder(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+def test_lock_of_a_killed_run_is_no_run(tmp_path: Path) -> None:
+    args = settings("--output", str(tmp_path), "--experiment", "mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / LOCK_NAME).touch()
+    assert report.plan_run(args, (32, 32), False) == (tmp_path / "mine", None)
+
+
+def test_run_with_only_the_state_before_goes_on(tmp_path: Path) -> None:
+    args = settings("--output", str(tmp_path), "--experiment", "mine", "--resume", "auto")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / PREVIOUS_NAME).touch()
+    assert report.plan_run(args, (32, 32), False) == (
+        tmp_path / "mine",
+        tmp_path / "mine" / STATE_NAME,
+    )
 
 
 def test_unwritable_output(tmp_path: Path) -> None:
