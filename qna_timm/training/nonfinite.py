@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+NOT_FOUND = "not found"
+"""Begins `Fault.first_bad` where there was nothing to be found."""
+
 _MOST_SAMPLES_SHOWN = 2
 
 
@@ -122,6 +125,11 @@ class Fault:
     first_bad: str = ""
 
 
+def _tells_most(fault: Fault) -> tuple[bool, bool]:
+    place = fault.first_bad
+    return fault.what.startswith("loss"), bool(place) and not place.startswith(NOT_FOUND)
+
+
 class NonFinite(Exception):
     """An update was not made, since a loss or gradient of it is not finite.
 
@@ -145,7 +153,7 @@ class NonFinite(Exception):
 
     def _text(self) -> str:
         # Gradients are summed over the processes: all have the NaN, one knows where it comes from.
-        first = max(self.faults, key=lambda fault: ("loss" in fault.what, bool(fault.first_bad)))
+        first = max(self.faults, key=_tells_most)
         what = first.what
         if self.world_size > 1:
             what += f" on rank {first.rank}"
