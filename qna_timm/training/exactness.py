@@ -3,7 +3,7 @@
 import argparse
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,7 @@ def check_exact(
     )
     if found and not args.resume_anyway:
         raise UsageError(
-            f"--resume {where}: cannot go on exactly: {', '.join(found)}; --resume-anyway goes on "
-            "all the same"
+            f"--resume {where}: cannot go on exactly: {', '.join(found)}; {_advice(found)}"
         )
     if found := [*found, *_asked(saved_args, now)]:
         _logger.warning("--resume %s: does not go on exactly: %s", where, ", ".join(found))
@@ -150,6 +149,16 @@ def check_exact(
     harmless = _changed_flags(saved_args, now, SCHEDULE - _TOLD_BY_OPTIMIZER | known)
     if harmless:
         _logger.info("changed since the state was saved: %s", ", ".join(harmless))
+
+
+def _advice(found: Sequence[str]) -> str:
+    """What to do about differences; another optimizer cannot take over the state of this one."""
+    advice = []
+    if others := [text for text in found if not text.startswith("--opt ")]:
+        advice.append("--resume-anyway goes on all the same")
+    if len(others) < len(found):
+        advice.append("--no-resume-opt starts the optimizer afresh")
+    return ", ".join(advice)
 
 
 def _tell_machine(saved: Mapping[str, str], now: Mapping[str, str], same_plan: bool) -> None:

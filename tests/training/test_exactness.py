@@ -104,7 +104,8 @@ def test_unchanged_run_goes_on_without_a_word(digits, caplog):
 def test_other_settings_are_refused(digits, argv, told):
     message = refusal(saved_state(parse(), digits), parse(*argv), digits)
     assert message.startswith(told)
-    assert message.endswith("; --resume-anyway goes on all the same")
+    afresh = "; --no-resume-opt starts the optimizer afresh"
+    assert message.endswith(afresh if "--opt" in argv else "; --resume-anyway goes on all the same")
 
 
 def test_all_that_differs_is_told_at_once(digits):
