@@ -10,6 +10,7 @@ from qna_timm.training.bad_images import Replacement
 from qna_timm.training.errors import RunFailed
 from qna_timm.training.sampling import EpochSampler
 from qna_timm.training.workers import (
+    cause_of,
     discard,
     is_death,
     persistent,
@@ -55,6 +56,11 @@ class Batches:
         """Drops what has been read ahead."""
         self._ahead = None
 
+    def close(self) -> None:
+        """Ends the workers; a next iteration starts others."""
+        self.forget()
+        discard(self.loader)
+
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever the next iteration starts."""
         return len(self.loader)
@@ -82,8 +88,7 @@ class Batches:
             except (RuntimeError, OSError, EOFError) as error:
                 if not self.loader.num_workers or not is_death(error):
                     raise
-                deaths += 1
-                self._report(error, deaths, epoch, due)
+                cause = cause_of(error, iterator)
             else:
                 self.current, self.replaced[due] = due, replaced
                 yield batch
@@ -91,34 +96,34 @@ class Batches:
                 continue
             # Here, not in the handler: its traceback would keep the old iterator alive.
             discard(self.loader, iterator)
-            iterator = None
+            iterator, deaths = None, deaths + 1
+            self._report(cause, deaths, epoch, due)
         if self._reads_ahead:
             try:
                 self._ahead = epoch + 1, self._iterate(epoch + 1, 0)
             except (RuntimeError, OSError, EOFError) as error:
                 if not is_death(error):
                     raise
-                discard(self.loader, None)  # the next epoch starts its workers itself
+                discard(self.loader)  # the next epoch starts its workers itself
 
-    def _report(self, error: BaseException, deaths: int, epoch: int, due: int) -> None:
+    def _report(self, cause: str, deaths: int, epoch: int, due: int) -> None:
         """Warns of workers that died, or gives up.
 
         Raises:
             RunFailed: They died too often without a batch in between.
         """
-        reason = " ".join(str(error).split()).rstrip(". ") or type(error).__name__
         if deaths >= _MOST_DEATHS:
             raise RunFailed(
-                f"loader workers die, {deaths} times without a batch in between: {reason}; fewer "
+                f"loader workers die, {deaths} times without a batch in between: {cause}; fewer "
                 "--workers or a smaller --batch-size need less memory, /dev/shm included"
-            ) from error
+            )
         self.restarts += 1
         _logger.warning(
             "loader workers are started anew for micro-batch %d of epoch %d (time %d): %s",
             due,
             epoch + 1,
             self.restarts,
-            reason,
+            cause,
         )
 
     def _iterate(self, epoch: int, first: int) -> Iterator[Any]:

@@ -154,6 +154,17 @@ class ImageLoader:
         keys = self._inner.sampler.keys(epoch, micro_batch)
         return [(key.index, path_of(self.dataset, key.index)) for key in keys]
 
+    def read_again(self, epoch: int, micro_batch: int) -> tuple[Tensor, Tensor] | None:
+        """A training micro-batch as it came out, read in this process; None where it cannot be.
+
+        That is of streams, and of what a prefetcher finishes on the device.
+        """
+        if not isinstance(self._inner.sampler, EpochSampler) or self.loader is not self._batches:
+            return None
+        samples = self._inner.dataset.__getitems__(self._inner.sampler.keys(epoch, micro_batch))
+        inputs, target = self._inner.collate_fn(samples).batch
+        return inputs.to(self.device, self.img_dtype), target.to(self.device)
+
     def replaced(self, before: tuple[int, int] | None = None) -> list[dict[str, Any]]:
         """Images that could not be read and were replaced, as far as this process handed them out.
 
@@ -164,6 +175,10 @@ class ImageLoader:
             Fields of `Replacement`, sorted, each image once for each time that it was drawn.
         """
         return self._replaced.entries(before)
+
+    def close(self) -> None:
+        """Ends the workers at once; a next iteration starts others."""
+        self._batches.close()
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch, wherever the next iteration starts."""
