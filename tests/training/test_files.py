@@ -179,6 +179,7 @@ def test_tensors_of_all_kinds_come_back(tmp_path: Path) -> None:
         "empty": torch.zeros(0, 3),
         "scalar": torch.tensor(3.5),
         "strided": torch.arange(12.0).view(3, 4).t()[::2],
+        "every_second": torch.arange(8.0)[::2],
         "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
         "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
         "learned": nn.Parameter(torch.randn(2, 2)),

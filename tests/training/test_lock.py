@@ -91,6 +91,23 @@ def test_lock_waits_for_a_holder_that_ends(tmp_path: Path) -> None:
     os.waitpid(holder, 0)
 
 
+def test_lock_of_a_file_that_was_just_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder ends between our opening the file and locking it."""
+    try_lock, removed = lock._try_lock, []
+
+    def late(file: int) -> bool:
+        if not removed:
+            removed.append(True)
+            (tmp_path / LOCK_NAME).unlink()
+        return try_lock(file)
+
+    monkeypatch.setattr(lock, "_try_lock", late)
+    with RunLock(tmp_path):
+        assert (tmp_path / LOCK_NAME).is_file()
+
+
 def test_lock_leaves_nothing_behind(tmp_path: Path) -> None:
     for _ in range(2):
         with RunLock(tmp_path):
