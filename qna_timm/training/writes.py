@@ -23,6 +23,11 @@ class Writes:
         """Names of what could not be written at some time, the first first."""
         return list(self._failed)
 
+    @property
+    def missing(self) -> frozenset[str]:
+        """Names of what could not be written at the last try."""
+        return frozenset(self._missing)
+
     @contextmanager
     def trying(self, name: str) -> Iterator[None]:
         """Let the block write `name`; if the system cannot, the run goes on after the block.

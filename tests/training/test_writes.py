@@ -24,13 +24,14 @@ _logger = logging.getLogger("qna_timm.tests")
     "number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOENT]
 )
 def test_failed_write_is_told_and_remembered(number: int, caplog: pytest.LogCaptureFixture) -> None:
-    writes, went_on = Writes(), []
+    writes, missing = Writes(), []
     with caplog.at_level(logging.INFO):
         for fault in (refuse(number), refuse(number), lambda: None, lambda: None):
             with writes.trying("summary.csv"):
                 fault()
-            went_on.append(True)
-    assert went_on == [True] * 4 and writes.failed == ["summary.csv"]
+            missing.append(writes.missing)
+    assert missing == [{"summary.csv"}, {"summary.csv"}, set(), set()]
+    assert writes.failed == ["summary.csv"]
     line = f"summary.csv: not written ({os.strerror(number)}): training goes on"
     messages = [record.getMessage() for record in caplog.records]
     assert [message.startswith(line) for message in messages] == [True, True, False]
@@ -134,23 +135,27 @@ def test_saver_after_an_error_at_every_call(tmp_path: Path) -> None:
         assert len(list(folder.glob("checkpoint-*"))) == 4
         if not failed:
             break
-    assert number > 60
+    assert number > 45
 
 
 def test_saver_removes_nothing_before_the_new_is_there(tmp_path: Path) -> None:
     saver = Saver(tmp_path, {}, metric_name="top1", keep=1)
     saver.save(0, model(0), None, {"top1": 1.0})
+    old = tmp_path / "checkpoint-0.safetensors"
     calls = FaultyCalls()
     with pytest.MonkeyPatch.context() as patch:
         calls.install(patch)
-        removed = []
-        unlink = os.unlink
-        patch.setattr(os, "unlink", lambda path: (removed.append(Path(path)), unlink(path)))
+        unlink = Path.unlink
+
+        def remove(path: Path, missing_ok: bool = False) -> None:
+            if path == old:
+                assert calls.names.count("replace") == 3  # last, best, checkpoint-1
+                assert read_metadata(tmp_path / "checkpoint-1.safetensors")["epoch"] == 1
+            unlink(path, missing_ok)
+
+        patch.setattr(Path, "unlink", remove)
         saver.save(1, model(1), None, {"top1": 2.0})
-    old = tmp_path / "checkpoint-0.safetensors"
-    assert old in removed and not old.exists()
-    assert calls.names.count("replace") == 3  # last, best, checkpoint-1
-    assert all(path.name.startswith(".") for path in removed[: removed.index(old) - 1])
+    assert not old.exists()
 
 
 def test_epoch_done_twice_is_kept_once(tmp_path: Path) -> None:
