@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from qna_timm.training.bad_images import EvalImages, ReplacedImages, path_of
 from qna_timm.training.batches import Batches
 from qna_timm.training.erasing import KeyedErasing
-from qna_timm.training.generators import derive_seed
 from qna_timm.training.sampling import EpochSampler, KeyedDataset
 from qna_timm.training.shards import ShardPlan
 from qna_timm.training.streams import KeyedStream
@@ -53,14 +52,16 @@ class ImageLoader:
         reads_ahead: bool = False,
         seed: int = 0,
     ) -> None:
-        self.seed = seed
         prefetches = isinstance(loader, PrefetchLoader)
         self._batches = Batches(loader.loader if prefetches else loader, reads_ahead)
         if prefetches:
             loader.loader = self._batches
             if loader.random_erasing is not None:
-                erasing = loader.random_erasing
-                loader.random_erasing = KeyedErasing(erasing, self._erasing_seed, device)
+                # No reference to this loader: workers of one that the garbage collector finds in
+                # a cycle get no word that they should end, and PyTorch waits 5 seconds for each.
+                loader.random_erasing = KeyedErasing(
+                    loader.random_erasing, self._batches, seed, process_place(), device
+                )
         self.loader = loader if prefetches else self._batches
         self.device = device
         self.img_dtype = img_dtype
@@ -68,11 +69,6 @@ class ImageLoader:
         self._mixes = mixes
         self._replaced = ReplacedImages()
         self._warned = False
-
-    def _erasing_seed(self) -> int:
-        """Of the batch that came out last, which is the one that the prefetcher works on."""
-        batches = self._batches
-        return derive_seed("erase", self.seed, batches.epoch, self.shard_number(batches.current))
 
     @property
     def _inner(self) -> DataLoader:

@@ -57,6 +57,17 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+_opened: list[ImageLoader] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    """Else loaders that a caught error refers to wait for the garbage collector."""
+    yield
+    while _opened:
+        _opened.pop().close()
+
+
 def flags(root: Path, *argv: str) -> Namespace:
     words = ["--data-dir", str(root), "--device", "cpu", "-j", "0", "-b", str(BATCH), *STILL]
     return parse_train_args([*words, *argv])
@@ -64,14 +75,13 @@ def flags(root: Path, *argv: str) -> Namespace:
 
 def train_loader(root: Path, *argv: str, **kwargs: Any) -> ImageLoader:
     args = flags(root, *argv)
-    return data.create_train_loader(
-        data.open_datasets(args)[0],
-        args,
-        CONFIG,
-        device=CPU,
-        num_aug_splits=args.aug_splits,
-        **kwargs,
+    train_set, splits = data.open_datasets(args)[0], args.aug_splits
+    _opened.append(
+        data.create_train_loader(
+            train_set, args, CONFIG, device=CPU, num_aug_splits=splits, **kwargs
+        )
     )
+    return _opened[-1]
 
 
 def batches(of: ImageLoader, epoch: int, start: int = 0) -> list[Tensor]:
@@ -190,7 +200,8 @@ class TestEvaluation:
     def loader(self, root: Path, *argv: str) -> ImageLoader:
         args = flags(root, *argv)
         dataset = data.open_datasets(args)[1]
-        return data.create_eval_loader(dataset, args, CONFIG, device=CPU, batch_size=7)
+        _opened.append(data.create_eval_loader(dataset, args, CONFIG, device=CPU, batch_size=7))
+        return _opened[-1]
 
     @pytest.mark.parametrize("workers", ["0", "2"])
     def test_the_next_image_stands_in(self, root: Path, workers: str) -> None:

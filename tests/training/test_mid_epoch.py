@@ -1,9 +1,10 @@
 """A loader that starts inside an epoch gives what an uninterrupted one would have given."""
 
+import gc
+import multiprocessing
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,7 +155,21 @@ def test_updates_do_not_depend_on_the_number_of_processes(
         on(3, 0)
 
 
-def test_samples_of_any_micro_batch(tmp_path: Path) -> None:
+def test_workers_end_with_their_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in a cycle would be left to the garbage collector, which cannot tell them to end."""
+    monkeypatch.setattr(loaders, "_PREFETCH_DEVICES", ("cpu",))
+    gc.disable()
+    try:
+        of = loader("-j", "1", mixes=True)
+        batches(of, 0)
+        assert multiprocessing.active_children()
+        del of
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
+
+
+def test_samples_of_any_micro_batch() -> None:
     of = loader()
     samples = of.samples(3, 2)
     assert [path for _, path in samples] == [""] * BATCH
