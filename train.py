@@ -13,37 +13,51 @@ of it has proved possible.
 import argparse
 import json
 import logging
-import math
 import os
 import shlex
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from timm.utils import distribute_bn
-from torch.nn.parallel import DistributedDataParallel
-
 import qna_timm  # noqa: F401  (registers its models)
-from qna_timm.training import curves, report, resume
-from qna_timm.training.data import set_epoch
-from qna_timm.training.distributed import decide_on_primary, join_processes, leave_processes
-from qna_timm.training.early_stop import stops_early
-from qna_timm.training.errors import run_cli
-from qna_timm.training.evaluation import evaluate
+from qna_timm.training import curves, report
+from qna_timm.training.control import Control
+from qna_timm.training.distributed import (
+    Processes,
+    decide_on_primary,
+    join_processes,
+    leave_processes,
+    lost_connection,
+)
+from qna_timm.training.elastic import keep_plan
+from qna_timm.training.errors import RunFailed, run_cli
+from qna_timm.training.exactness import check_exact
 from qna_timm.training.holdout import check_same_holdout
+from qna_timm.training.intervals import parse_duration, parse_interval
+from qna_timm.training.lock import RunLock
 from qna_timm.training.logs import RunLog
-from qna_timm.training.loop import num_updates
-from qna_timm.training.optim import current_lr
-from qna_timm.training.progress import Progress
-from qna_timm.training.recipe import as_yaml_dict, parse_train_args
-from qna_timm.training.run import Run, set_up, with_views
+from qna_timm.training.recipe import as_recipe, as_yaml_dict, parse_train_args
+from qna_timm.training.requeue import requeue_job, resume_if_restarted
+from qna_timm.training.run import set_up
 from qna_timm.training.saver import EMA, Saver
-from qna_timm.training.signals import Stopped, StopSignals
-from qna_timm.training.span_report import SPAN_CURVES_NAME, span_lines, write_spans
+from qna_timm.training.session import Session
+from qna_timm.training.signals import REQUEUE_SIGNAL, Stopped, StopSignals
+from qna_timm.training.span_report import SPAN_CURVES_NAME
+from qna_timm.training.state_files import (
+    find_state,
+    load_state,
+    read_state_header,
+    state_in,
+    whole_state,
+)
+from qna_timm.training.writes import Writes
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
+
+# Exit code of a run that is done, but could not write everything (EX_IOERR).
+WRITE_FAILED = 74
 
 _logger = logging.getLogger("train")
 
@@ -55,24 +69,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the script's name; those of this process when None.
 
     Returns:
-        Exit code: 0, or 128 + the number of the signal that stopped the run.
+        Exit code: 0; 74 if something could not be written; 128 + the number of the signal that
+        stopped the run, but 0 after SIGUSR1.
 
     Raises:
         UsageError: Settings, files or data are at fault; nothing has been written.
+        RunFailed: The run could not go on.
     """
     command = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     args, in_place = read_settings(command[1:])
-    processes = join_processes(args.device)
-    try:
-        with RunLog(processes.is_primary) as log, StopSignals() as signals:
-            try:
-                run = set_up(args, processes)
-                return train(run, command, in_place, log, signals)
-            except Stopped as stopped:
-                _logger.warning("stopped by %s", stopped)
-                return stopped.exit_code
-    finally:
-        leave_processes()
+    with StopSignals() as signals:
+        try:
+            processes = join_processes(args.device, parse_duration(args.dist_timeout))
+            with RunLog(processes.is_primary) as log:
+                try:
+                    return start(args, processes, command, in_place, log, signals)
+                except Stopped as stopped:
+                    _logger.warning("stopped by %s", stopped)
+                    requeued = stopped.signum == REQUEUE_SIGNAL
+                    return requeue_job(processes) if requeued else stopped.exit_code
+        except Stopped as stopped:
+            return stopped.exit_code
+        except Exception as error:
+            if (reason := lost_connection(error)) is None:
+                raise
+            raise RunFailed(reason) from error
+        finally:
+            leave_processes()
 
 
 def read_settings(argv: Sequence[str]) -> tuple[argparse.Namespace, bool]:
@@ -83,167 +106,119 @@ def read_settings(argv: Sequence[str]) -> tuple[argparse.Namespace, bool]:
     args = parse_train_args(argv, QUICKSTART)
     if not args.resume or args.resume == "auto":
         return args, False
-    folder = resume.find_state(args.resume).parent
+    folder = find_state(args.resume).parent
     in_place = report.goes_on_in(folder, args.given)
     if args.config or not (folder / report.ARGS_NAME).is_file():
         return args, in_place
     saved = parse_train_args(["--config", str(folder / report.ARGS_NAME), *argv], QUICKSTART)
-    # What was meant for the first session only.
-    for key in ("start_epoch", "stop_epoch", "no_resume_opt"):
-        setattr(saved, key, getattr(args, key))
     if not in_place:
         saved.output, saved.experiment = args.output, args.experiment
     return saved, in_place
 
 
-def train(
-    run: Run, command: Sequence[str], in_place: bool, log: RunLog, signals: StopSignals
+def start(
+    args: argparse.Namespace,
+    processes: Processes,
+    command: Sequence[str],
+    in_place: bool,
+    log: RunLog,
+    signals: StopSignals,
 ) -> int:
-    """Resume if asked to, make the run folder, and train to the last epoch or a signal."""
-    args, processes = run.args, run.processes
+    """Make everything ready, resume if asked to, and train to the last epoch or a signal."""
+    if processes.distributed:
+        signals.defer()  # nobody leaves alone what all wait in
+    resume_if_restarted(args, processes)
+    control = Control(processes, signals, parse_interval(args.checkpoint_interval))
+    header = decide_on_primary(processes, lambda: saved_header(args))
+    run = set_up(args, processes, control, keep_plan(args, header, processes))
     folder, state_path = decide_on_primary(
         processes, lambda: report.plan_run(args, run.metadata["img_size"], in_place)
     )
-    saver = Saver(
-        folder,
-        run.metadata,
-        metric_name=args.eval_metric,
-        keep=args.checkpoint_hist,
-        milestones=args.save_epochs,
-    )
-    state = None if state_path is None else resume.load_state(state_path)
-    start, rows = find_start(run, state, state_path)
-    stop = min(args.stop_epoch or run.epochs, run.epochs)
-    decide_on_primary(processes, lambda: report.make_folder(folder))
-    trackers = None
-    if processes.is_primary:
-        log.to_file(folder / report.LOG_NAME)
-        _logger.info("run folder %s", folder)
-        if state is not None and state["args"]["eval_metric"] == args.eval_metric:
-            saver.adopt(state["saver"], state_path.parent)
-        report.write_args(folder, as_yaml_dict(args))
-        report.write_environment(folder, report.environment(processes, command))
-        trackers = report.Trackers(args, folder, as_yaml_dict(args), start)
-        run.trainer.image_folder = folder if args.save_images else None
-        run.draws = curves.can_draw()
+    with ExitStack() as stack:
+        lock = RunLock(folder, command) if processes.is_primary else nullcontext()
+        if is_there := decide_on_primary(processes, folder.is_dir):
+            decide_on_primary(processes, lambda: stack.enter_context(lock) and None)
+        writes = Writes()
+        saver = Saver(
+            folder,
+            run.metadata,
+            metric_name=args.eval_metric,
+            keep=args.checkpoint_hist,
+            milestones=args.save_epochs,
+        )
+        session = Session(run, saver, writes)
+        state = None if state_path is None else go_on(session, state_path)
+        in_own_folder = state is not None and state_path.parent.resolve() == folder.resolve()
+        # a command that is given again to go on does not start over
+        started = in_own_folder and state["args"]["start_epoch"] == args.start_epoch
+        if args.start_epoch is not None and not started:
+            session.start_at(args.start_epoch)
+        decide_on_primary(processes, lambda: report.make_folder(folder))
+        if not is_there:
+            decide_on_primary(processes, lambda: stack.enter_context(lock) and None)
+        if processes.is_primary:
+            log.to_file(folder / report.LOG_NAME, writes)
+            _logger.info("run folder %s", folder)
+            if state is not None and state["args"]["eval_metric"] == args.eval_metric:
+                saver.adopt(state["saver"], state_path.parent)
+            with writes.trying(report.ARGS_NAME):
+                report.write_args(folder, as_recipe(args))
+            with writes.trying(report.ENVIRONMENT_NAME):
+                report.write_environment(folder, report.environment(processes, command))
+            with writes.trying("trackers"):
+                first = session.position.epoch
+                session.trackers = report.Trackers(args, folder, as_yaml_dict(args), first)
+            run.trainer.image_folder = folder if args.save_images else None
+            run.draws = curves.can_draw()
+        signals.defer()
+        train(session)
+    return WRITE_FAILED if writes.failed else 0
+
+
+def saved_header(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What the state to resume from says of its run, without its tensors; None for a new run."""
+    if not args.resume:
+        return None
+    if args.resume != "auto":
+        return read_state_header(find_state(args.resume))
+    state = state_in(Path(args.output) / args.experiment)
+    return None if state is None else read_state_header(state)
+
+
+def go_on(session: Session, path: Path) -> dict[str, Any]:
+    """Put a saved state in place, if the run can go on from it exactly; every process calls this.
+
+    Returns:
+        The state.
+
+    Raises:
+        UsageError: It is damaged, or settings, data or versions are others now.
+    """
+    run = session.run
+    path = decide_on_primary(run.processes, lambda: whole_state(path))
+    state = load_state(path)
+    check_same_holdout(run.args, state["args"], path)
+    check_exact(path, state, run.args, run.identity)
+    session.restore(state, path)
+    return state
+
+
+def train(session: Session) -> None:
+    """Train to the last epoch, and say what came out."""
+    run, args = session.run, session.run.args
     try:
-        for epoch in range(start, stop):
-            if stops_early(args, rows):
-                break
-            rows.append(train_and_evaluate(run, epoch, last=epoch + 1 == stop))
-            with signals.held():
-                save(run, epoch, saver, rows)
-            if trackers is not None:
-                trackers.log(rows[-1])
-    except Stopped:
-        done = rows[-1]["epoch"] + 1 if rows else 0
-        advice = f": --resume {folder} goes on from there" if done else ""
-        _logger.warning("%d whole epochs are saved%s", done, advice)
+        session.train(run.last_epoch)
+    except (Stopped, RunFailed):
+        if session.saved is not None:
+            _logger.warning(
+                "%s are saved: --resume %s goes on from there", session.saved, session.folder
+            )
         raise
     finally:
-        if trackers is not None:
-            trackers.close()
-    if processes.is_primary:
-        conclude(args, saver, rows)
-    return 0
-
-
-def find_start(
-    run: Run, state: Mapping[str, Any] | None, state_path: Path | None
-) -> tuple[int, list[dict[str, Any]]]:
-    """Put a saved state in place, if there is one; the first epoch to train and the rows so far."""
-    args, schedule = run.args, run.trainer.schedule
-    start, rows = 0, []
-    if state is not None:
-        check_same_holdout(args, state["args"], state_path)
-        resume.restore(run.trainer, state, state_path, with_optimizer=not args.no_resume_opt)
-        start, rows = state["epochs_done"], list(state["rows"])
-        _logger.info("resumed %s after %d epochs", state_path, start)
-    if args.start_epoch is not None:
-        start = args.start_epoch
-        rows = [row for row in rows if row["epoch"] < start]
-        if schedule is not None:
-            schedule.step_update(start * num_updates(args, len(run.train_loader)))
-            schedule.step(start)
-    return start, rows
-
-
-def train_and_evaluate(run: Run, epoch: int, last: bool) -> dict[str, Any]:
-    """One epoch: train, evaluate where it is due, move the schedule; returns the summary's row."""
-    args, trainer, processes = run.args, run.trainer, run.processes
-    began, label = time.perf_counter(), f"{epoch + 1}/{run.epochs}"
-    set_epoch(run.train_loader, epoch)
-    losses = trainer.train_epoch(run.train_loader, epoch, f"train {label}")
-    if math.isnan(losses["loss"]):
-        _logger.warning("epoch %d: the training loss is not a number", epoch + 1)
-    task, lr = trainer.task, current_lr(trainer.optimizer)
-    if processes.distributed and args.dist_bn and not args.sync_bn:
-        distribute_bn(task.get_trainable_module(), processes.world_size, args.dist_bn == "reduce")
-        if task.has_ema() and not args.model_ema_force_cpu:
-            ema = task.get_trainable_module(ema=True)
-            distribute_bn(ema, processes.world_size, args.dist_bn == "reduce")
-    evaluated: dict[str, float] = {}
-    due = (epoch + 1) % args.val_interval == 0 or epoch + 1 in (args.save_epochs or ())
-    if due or last:
-        evaluated = evaluate_model(run, ema=False)
-        if task.has_ema() and not args.model_ema_force_cpu:
-            averaged = evaluate_model(run, ema=True)
-            evaluated.update({name + EMA: value for name, value in averaged.items()})
-    if trainer.schedule is not None:
-        trainer.schedule.step(epoch + 1, evaluated.get(args.eval_metric))
-    metrics = report.metrics_text({"training loss": losses["loss"], **evaluated})
-    _logger.info("epoch %s: %s, lr %.3g, %.1f s", label, metrics, lr, time.perf_counter() - began)
-    spans = task.spans()
-    for line in span_lines(spans):
-        _logger.info("epoch %s: %s", label, line)
-    return report.summary_row(epoch, losses, evaluated, lr, spans)
-
-
-def evaluate_model(run: Run, ema: bool) -> dict[str, float]:
-    """Metrics of the model, or of its averaged weights, on the validation images."""
-    args, processes = run.args, run.processes
-    model = run.trainer.task.get_eval_model(ema=ema)
-    if isinstance(model, DistributedDataParallel):
-        model = model.module  # evaluation needs no communication
-    with Progress(
-        len(run.eval_loader),
-        "evaluate averaged weights" if ema else "evaluate",
-        log_interval=args.log_interval,
-        enabled=processes.is_primary,
-    ) as progress:
-        return evaluate(
-            with_views(model, args),
-            run.eval_loader,
-            device=processes.device,
-            amp_autocast=run.trainer.precision.autocast,
-            channels_last=args.channels_last,
-            progress=progress,
-            branch_counts=run.trainer.task.branch_counts(),
-        )
-
-
-def save(run: Run, epoch: int, saver: Saver, rows: list[dict[str, Any]]) -> None:
-    """Write weights, summary, curves and, last, the state to resume from."""
-    task = run.trainer.task
+        if session.trackers is not None:
+            session.trackers.close()
     if run.processes.is_primary:
-        metrics = {key[5:]: value for key, value in rows[-1].items() if key.startswith("eval_")}
-        saver.save(epoch, task.get_trainable_module(), task.get_trainable_module(ema=True), metrics)
-        report.write_summary(saver.folder, rows)
-        if run.draws:
-            curves.draw_curves(rows, saver.folder / report.CURVES_NAME, saver.folder.name)
-        write_spans(saver.folder, rows, saver.folder.name if run.draws else None)
-    state = resume.collect_state(
-        run.trainer,
-        epoch + 1,
-        {
-            "rows": rows,
-            "saver": saver.state_dict(),
-            "args": as_yaml_dict(run.args),
-            "metadata": run.metadata,
-        },
-    )
-    if run.processes.is_primary:
-        resume.save_state(saver.folder / resume.STATE_NAME, state)
+        conclude(args, session.saver, session.rows)
 
 
 def conclude(args: argparse.Namespace, saver: Saver, rows: list[dict[str, Any]]) -> None:

@@ -115,9 +115,9 @@ def _check_branches(args: argparse.Namespace, model: nn.Module) -> None:
     """See that flags about branches meet a model that has them, and the reverse."""
     branched = has_branches(model)
     if args.ga_lam and not branched:
+        hint = "" if has_spans(model) else f" (--model ga_{args.model} puts Gramian heads on it)"
         raise UsageError(
-            f"--ga-lam {args.ga_lam:g}: {args.model} has no branches to decorrelate"
-            f" (--model ga_{args.model} puts Gramian heads on it)"
+            f"--ga-lam {args.ga_lam:g}: {args.model} has no branches to decorrelate{hint}"
         )
     if args.torchscript and branched:
         raise UsageError(

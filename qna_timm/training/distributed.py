@@ -222,3 +222,11 @@ def gather_to_primary(value: T, processes: Processes) -> list[T] | None:
     gathered = [None] * processes.world_size if processes.is_primary else None
     dist.gather_object(value, gathered)
     return gathered
+
+
+def gather_to_all(value: T, processes: Processes) -> list[T]:
+    """A value of every process in the order of ranks, on all of them."""
+    gathered = [value] * processes.world_size
+    if processes.distributed:
+        dist.all_gather_object(gathered, value)
+    return gathered

@@ -62,6 +62,7 @@ def evaluate(
     valid_labels: Tensor | None = None,
     observers: Iterable[Observer] = (),
     branch_counts: BranchCounts | None = None,
+    after_batch: Callable[[int], None] = lambda batch: None,
 ) -> dict[str, float]:
     """Evaluates a classifier; every image counts once, whatever the number of processes.
 
@@ -80,6 +81,7 @@ def evaluate(
         observers: Also see every prediction.
         branch_counts: For models that return their branches, whose mean is the prediction; also
             sees every branch's.
+        after_batch: Called with each batch's number; may raise to end the evaluation.
 
     Returns:
         `loss`, `top1` and `top5` (percent; the best of all classes when there are fewer than 5),
@@ -119,6 +121,7 @@ def evaluate(
                 observer.update(logits, target)
         if progress is not None:
             progress.update(len(inputs) * world_size, **_so_far(evaluator))
+        after_batch(step)
     model.train(was_training)
     metrics = dict(evaluator.compute(distributed=world_size > 1))
     return metrics if branch_counts is None else {**metrics, **branch_counts.metrics()}

@@ -14,7 +14,7 @@ EXACT = _keys("""
     model pretrained_cfg_overlay num_classes gp img_size in_chans input_size crop_pct mean std
     interpolation validation_batch_size channels_last grad_checkpointing fast_norm model_kwargs
     torchcompile torchcompile_mode torchscript
-    amp amp_dtype model_dtype no_ddp_bb device_modules epoch_repeats
+    amp amp_dtype model_dtype deterministic no_ddp_bb device_modules epoch_repeats
     no_aug train_crop_mode crop_padding scale ratio hflip vflip color_jitter color_jitter_prob
     grayscale_prob gaussian_blur_prob aa aug_repeats aug_splits reprob remode recount resplit mixup
     cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch

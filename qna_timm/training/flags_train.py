@@ -244,6 +244,13 @@ _RESUME = (
         "report lists it (not in timm).",
     ),
     Flag(
+        "--deterministic",
+        bool,
+        False,
+        "Only kernels that give the same bits each time, so that on a GPU a resumed run equals one "
+        "that was never stopped; some are slower, a layer without one ends the run (not in timm).",
+    ),
+    Flag(
         "--dist-timeout",
         str,
         "30m",

@@ -73,6 +73,9 @@ def _log_warning(
 ) -> None:
     """What libraries warn of, as one line like the others, without their source code."""
     text = " ".join(str(message).split())
+    if text.startswith("Grad strides do not match bucket view strides"):
+        # of 1x1 convolutions' weights on channels-last maps, whose order in memory is the same
+        return
     _warnings_logger.warning("%s (%s, %s:%d)", text, category.__name__, Path(filename).name, lineno)
 
 

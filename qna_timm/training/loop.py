@@ -1,76 +1,62 @@
-"""One epoch of training: forward, backward, update, and what hangs on an update."""
+"""One epoch of training, or the rest of one: forward, backward, update, and what hangs on it."""
 
 import argparse
 import itertools
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import dispatch_clip_grad
+from timm.utils import dispatch_clip_grad, unwrap_model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
+from qna_timm.training.control import Control, Decision
 from qna_timm.training.data import ImageLoader
-from qna_timm.training.distributed import Processes, sum_over_processes
+from qna_timm.training.diagnosis import diagnose
+from qna_timm.training.distributed import (
+    Processes,
+    gather_to_all,
+    reduce_flags,
+)
 from qna_timm.training.evaluation import check_labels
+from qna_timm.training.intervals import Interval
+from qna_timm.training.loss_mean import LossMean
+from qna_timm.training.nonfinite import BufferKeeper, Fault, NonFinite, all_finite, bad_loss
 from qna_timm.training.optim import current_lr
+from qna_timm.training.precision import Precision
 from qna_timm.training.progress import Progress
+from qna_timm.training.sampling import seed_shard
+from qna_timm.training.signals import StopSignals
 from qna_timm.training.task import TrainTask
 from qna_timm.training.views import class_names_of
+
+# Updates left out in a row before the run ends all the same.
+MOST_SKIPPED = 10
 
 _logger = logging.getLogger(__name__)
 
 
-class Precision:
-    """Mixed precision of a run: the autocast context and, for float16, the loss scaler.
+class MicroBatch(NamedTuple):
+    """A batch whose gradients wait for the rest of their update.
 
-    Args:
-        args: Flags, of which ``amp`` and ``amp_dtype`` are read.
-        device: Where the run computes.
+    Attributes:
+        number: In this process's epoch.
+        images: Size.
+        closes: Whether it is the last of its update.
+        losses: Loss and parts, on the device.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.device_type = device.type
-        self.dtype = getattr(torch, args.amp_dtype) if args.amp else None
-        scaled = self.dtype == torch.float16 and device.type in ("cuda", "cpu", "xpu")
-        self.scaler = torch.amp.GradScaler(device.type if scaled else "cpu", enabled=scaled)
-
-    def autocast(self) -> AbstractContextManager:
-        """Context in which the forward pass runs."""
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device_type, dtype=self.dtype)
-
-
-class LossMean:
-    """Mean of the loss and its parts over images, kept on the device until it is read."""
-
-    def __init__(self, device: torch.device) -> None:
-        # MPS has no float64.
-        self._zero = torch.zeros(
-            (), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
-        )
-        self._sums: dict[str, Tensor] = {}
-        self._images = self._zero.clone()
-
-    def add(self, losses: dict[str, Tensor], images: int) -> None:
-        """Count the losses (scalar means) of a batch of so many images."""
-        self._images += images
-        for name, value in losses.items():
-            total = self._sums.setdefault(name, self._zero.clone())
-            total += value.detach() * images
-
-    def compute(self, processes: Processes) -> dict[str, float]:
-        """The means over all images of all processes."""
-        totals = sum_over_processes(torch.stack([self._images, *self._sums.values()]), processes)
-        images, *sums = totals.tolist()
-        return {name: total / images for name, total in zip(self._sums, sums, strict=True)}
+    number: int
+    images: int
+    closes: bool
+    losses: dict[str, Tensor]
 
 
 class Trainer:
@@ -83,7 +69,14 @@ class Trainer:
         args: Flags.
         processes: The run's processes.
         precision: Mixed precision.
+        control: Where the processes agree before each update; None neither saves nor stops.
         mixup: Applied to each batch here, unless the loader mixes.
+
+    Attributes:
+        num_updates: Updates since the run began.
+        mean: Losses of the epoch so far.
+        skipped: Updates of the epoch so far that were left out.
+        on_skip: Told of each.
     """
 
     def __init__(
@@ -95,6 +88,7 @@ class Trainer:
         args: argparse.Namespace,
         processes: Processes,
         precision: Precision,
+        control: Control | None = None,
         mixup: Mixup | None = None,
     ) -> None:
         self.task = task
@@ -103,8 +97,14 @@ class Trainer:
         self.args = args
         self.processes = processes
         self.precision = precision
+        self.control = control or Control(processes, StopSignals(), Interval())
         self.mixup = mixup
         self.num_updates = 0
+        self.mean = LossMean(processes.device)
+        self.skipped = 0
+        self.on_skip: Callable[[NonFinite], None] = lambda bad: None
+        self._skipped_in_a_row = 0
+        self.buffers = BufferKeeper(unwrap_model(task.get_trainable_module()))
         # As the flags made them: a resumed run tells from these what was changed meanwhile.
         self.settings = [
             {key: value for key, value in group.items() if key != "params"}
@@ -112,58 +112,95 @@ class Trainer:
         ]
         self.image_folder: Path | None = None
 
-    def train_epoch(self, loader: ImageLoader, epoch: int, label: str) -> dict[str, float]:
-        """Go through the loader once.
+    def train_epoch(
+        self,
+        loader: ImageLoader,
+        epoch: int,
+        label: str,
+        start: int = 0,
+        between: Callable[[int, Decision], None] = lambda updates, decision: None,
+    ) -> dict[str, float]:
+        """Go through the loader once, or through what is left of it.
 
         Args:
             loader: Training images.
             epoch: Number of the epoch, from 0.
             label: What the progress bar calls it.
+            start: Updates of the epoch that are behind us, their losses in `mean`; the loader
+                gives the batches that follow them.
+            between: Called where processes have decided to save or to stop, with the epoch's
+                updates so far.
 
         Batches are taken in groups of ``--grad-accum-steps`` whose mean loss is one update; the
         last group of the epoch is divided by its own, maybe smaller, size.
 
         Returns:
             ``loss`` and, if it has several, its parts: means over the images of all processes.
+
+        Raises:
+            NonFinite: A loss or gradient is no number and ``--on-nonfinite`` is not ``skip``.
         """
         args, total = self.args, num_batches(self.args, len(loader))
-        self.num_updates = epoch * num_updates(self.args, len(loader))
+        first = min(start * args.grad_accum_steps, total)
+        self.num_updates = epoch * num_updates(self.args, len(loader)) + start
+        if not start:
+            self.mean.clear()
+            self.skipped = 0
         self._set_mixing(loader, epoch)
         self.task.get_trainable_module().train()
+        self.optimizer.zero_grad()
         # Data that does not name its classes is only now seen to have too many for the model.
         unnamed = hasattr(loader, "dataset") and class_names_of(loader.dataset) is None
-        mean = LossMean(self.processes.device)
-        self.optimizer.zero_grad()
+        group: list[MicroBatch] = []
         with Progress(
             total,
             label,
             log_interval=args.log_interval,
             enabled=self.processes.is_primary,
+            start_step=first,
         ) as progress:
-            groups = group_sizes(total, args.grad_accum_steps)
-            # A loader that is left early restarts its workers, so only --max-steps cuts it.
-            batches = loader if total == len(loader) else itertools.islice(loader, total)
-            for step, ((input, target), (group, closes)) in enumerate(
-                zip(batches, groups, strict=False)
-            ):
-                images = len(input)
+            for number, (input, target) in enumerate(_batches(loader, first, total), first):
                 if unnamed and target.ndim == 1:  # mixing in the loader makes soft targets
                     check_labels(target, self.task.num_classes)
-                losses = self._forward_backward(input, target, group, closes)
-                mean.add(losses, images)
+                size, closes = group_of(number, total, args.grad_accum_steps)
+                if not group:
+                    self.buffers.keep()
+                self._seed(epoch, number)
+                losses = self._forward_backward(input, target, size, closes)
+                group.append(MicroBatch(number, len(input), closes, losses))
                 if closes:
-                    self._update()
-                if self.image_folder is not None and step % args.log_interval == 0:
-                    save_images(input, self.image_folder / f"train-batch-{step}.jpg")
+                    decision = self.control.decide(self._is_bad(group))
+                    if decision.bad:
+                        self._refuse(loader, epoch, group, (input, target))
+                    else:
+                        self._update(group)
+                    group = []
+                if self.image_folder is not None and number % args.log_interval == 0:
+                    save_images(input, self.image_folder / f"train-batch-{number}.jpg")
                 progress.update(
-                    images * self.processes.world_size,
+                    len(input) * self.processes.world_size,
                     **losses,
                     lr=current_lr(self.optimizer),
                 )
+                if closes and (decision.save or decision.signum):
+                    between(number // args.grad_accum_steps + 1, decision)
         if hasattr(self.optimizer, "sync_lookahead"):
             self.optimizer.sync_lookahead()
             self.task.post_step()
-        return mean.compute(self.processes)
+        return self.mean.compute(self.processes)
+
+    def _seed(self, epoch: int, number: int) -> None:
+        """Make what is drawn for a micro-batch a function of its place in the run."""
+        processes = self.processes
+        shard = number * processes.world_size + processes.rank
+        seed_shard(self.args.seed, epoch, shard, processes.device)
+
+    def _is_bad(self, group: Sequence[MicroBatch]) -> Tensor:
+        """Whether a loss, or a gradient that no loss scaler watches, is not finite."""
+        scaled = self.precision.scaler.is_enabled()
+        parameters = () if scaled else self.task.get_trainable_module().parameters()
+        losses = [value for micro in group for value in micro.losses.values()]
+        return ~all_finite(parameters, losses)
 
     def _set_mixing(self, loader: ImageLoader, epoch: int) -> None:
         """Mixing ends at ``--mixup-off-epoch``; a resumed run may start after it."""
@@ -172,21 +209,25 @@ class Trainer:
             if hasattr(mixer, "mixup_enabled"):
                 mixer.mixup_enabled = enabled
 
-    def _forward_backward(
-        self, input: Tensor, target: Tensor, group: int, closes: bool
-    ) -> dict[str, Tensor]:
-        """Add one batch's share to the gradients; the losses of the batch come back unscaled."""
+    def _forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
+        """Losses of a batch, mixed here unless the loader mixes."""
         if self.mixup is not None:
             input, target = self.mixup(input, target)
         if self.args.channels_last:
             input = input.contiguous(memory_format=torch.channels_last)
+        with self.precision.autocast():
+            return self.task(input, target)
+
+    def _forward_backward(
+        self, input: Tensor, target: Tensor, group: int, closes: bool
+    ) -> dict[str, Tensor]:
+        """Add one batch's share to the gradients; the losses of the batch come back unscaled."""
         second_order = getattr(self.optimizer, "is_second_order", False)
         # Only the plain form of PyTorch's attention can be differentiated twice.
         attention = sdpa_kernel(SDPBackend.MATH) if second_order else nullcontext()
         # Gradients need to be summed over the processes only once per group.
         with nullcontext() if closes else self.task.no_sync(), attention:
-            with self.precision.autocast():
-                result = self.task(input, target)
+            result = self._forward(input, target)
             loss = self.precision.scaler.scale(result["loss"] / group)
             loss.backward(create_graph=second_order)
         losses = {"loss": result["loss"].detach()}
@@ -194,9 +235,84 @@ class Trainer:
             losses.update({f"loss_{name}": part for name, part in result["parts"].items()})
         return losses
 
-    def _update(self) -> None:
+    def _refuse(
+        self,
+        loader: ImageLoader,
+        epoch: int,
+        group: Sequence[MicroBatch],
+        last: tuple[Tensor, Tensor],
+    ) -> None:
+        """Leave an update out: nothing of it stays, if the run goes on with the next.
+
+        Raises:
+            NonFinite: It does not.
+        """
+        self.buffers.restore()
+        self.optimizer.zero_grad()
+        update = group[0].number // self.args.grad_accum_steps
+        faults = self._find_faults(loader, epoch, group, last)
+        bad = NonFinite(epoch, update, faults, self.processes.world_size)
+        self._skipped_in_a_row += 1
+        if self.args.on_nonfinite != "skip" or self._skipped_in_a_row > MOST_SKIPPED:
+            raise bad
+        self.on_skip(bad)
+        self.skipped += 1
+        self.num_updates += 1
+        if self.schedule is not None:
+            self.schedule.step_update(num_updates=self.num_updates)
+        self.control.count_update()
+
+    def _find_faults(
+        self,
+        loader: ImageLoader,
+        epoch: int,
+        group: Sequence[MicroBatch],
+        last: tuple[Tensor, Tensor],
+    ) -> list[Fault]:
+        """What is not finite, of all processes and on all of them; see `nonfinite`."""
+        whats = [bad_loss(micro.losses) for micro in group]
+        if not any(reduce_flags([any(whats)], self.processes)):
+            whats = ["gradients are not finite"] * len(group)
+        faults = []
+        for micro, what in zip(group, whats, strict=True):
+            if what is None:
+                continue
+            found, samples = "", []
+            if isinstance(loader, ImageLoader):
+                samples = loader.samples(epoch, micro.number)
+            if batch := self._batch_again(loader, epoch, micro, last):
+                found = diagnose(
+                    self.task,
+                    lambda number=micro.number, batch=batch: self._again(epoch, number, *batch),
+                    self.processes.device,
+                )
+            rank = self.processes.rank
+            faults.append(Fault(what, rank, micro.number, samples, found))
+        return list(itertools.chain(*gather_to_all(faults, self.processes)))
+
+    def _batch_again(
+        self,
+        loader: ImageLoader,
+        epoch: int,
+        micro: MicroBatch,
+        last: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor] | None:
+        """A micro-batch as it came out of the loader; None if it is gone."""
+        again = loader.read_again(epoch, micro.number) if isinstance(loader, ImageLoader) else None
+        if again is not None:
+            return again
+        # mixing has changed the one at hand
+        return last if micro.closes and self.mixup is None else None
+
+    def _again(self, epoch: int, number: int, input: Tensor, target: Tensor) -> dict[str, Any]:
+        """What the task made of a micro-batch."""
+        self._seed(epoch, number)
+        return self._forward(input, target)
+
+    def _update(self, group: Sequence[MicroBatch]) -> None:
         """Clip, step, and everything that follows a step."""
         args, scaler = self.args, self.precision.scaler
+        self._skipped_in_a_row = 0
         if args.clip_grad is not None:
             scaler.unscale_(self.optimizer)
             parameters = self.task.get_clip_parameters(exclude_head=args.clip_mode == "agc")
@@ -214,6 +330,9 @@ class Trainer:
             torch.accelerator.synchronize()
         if self.schedule is not None:
             self.schedule.step_update(num_updates=self.num_updates)
+        for micro in group:
+            self.mean.add(micro.losses, micro.images)
+        self.control.count_update()
 
 
 def num_batches(args: argparse.Namespace, loader_batches: int) -> int:
@@ -228,12 +347,27 @@ def num_updates(args: argparse.Namespace, loader_batches: int) -> int:
     return math.ceil(num_batches(args, loader_batches) / args.grad_accum_steps)
 
 
-def group_sizes(batches: int, accumulation: int) -> Iterator[tuple[int, bool]]:
-    """For each batch the size of the group it is accumulated in, and whether it closes it."""
-    for index in range(batches):
-        start = index - index % accumulation
-        size = min(accumulation, batches - start)
-        yield size, index + 1 == start + size
+def group_of(number: int, batches: int, accumulation: int) -> tuple[int, bool]:
+    """Size of the group that a micro-batch is accumulated in, and whether it closes it.
+
+    Args:
+        number: Of the micro-batch in the epoch.
+        batches: Of the epoch.
+        accumulation: Batches of a whole group; the epoch's last has what is left.
+    """
+    start = number - number % accumulation
+    size = min(accumulation, batches - start)
+    return size, number + 1 == start + size
+
+
+def _batches(loader: ImageLoader, first: int, total: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """What is left of the epoch.
+
+    A loader that is left early restarts its workers, so only --max-steps cuts it.
+    """
+    if first >= total:
+        return ()
+    return loader if total == len(loader) else itertools.islice(loader, total - first)
 
 
 def save_images(input: Tensor, path: Path) -> None:

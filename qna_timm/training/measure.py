@@ -18,9 +18,9 @@ from qna_timm.training.errors import UsageError
 from qna_timm.training.evaluation import Observer, evaluate
 from qna_timm.training.gramian_task import has_branches
 from qna_timm.training.image_loader import ImageLoader
-from qna_timm.training.loop import Precision
 from qna_timm.training.names import model_label
 from qna_timm.training.observers import BranchCounts, ClassCounts, ImageCount, RealLabels
+from qna_timm.training.precision import Precision
 from qna_timm.training.progress import Progress
 from qna_timm.training.results import (
     TO_TERMINAL,

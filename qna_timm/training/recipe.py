@@ -24,10 +24,17 @@ BUILTIN_DATASET = "sklearn/digits"
 
 # What the quickstart recipe sets to suit its own model, optimizer or schedule: beside another one
 # it may be refused, and the user, who never wrote it, could not tell why.
-_TIED = {"model": ("drop_path",), "opt": ("opt_kwargs",), "sched": ("sched_on_updates",)}
+_TIED = {
+    "model": ("drop_path",),
+    "opt": ("opt_kwargs",),
+    "sched": ("sched_on_updates",),
+    "train_crop_mode": ("scale", "ratio"),
+}
+# Given on the command line they are meant for one session, not for those that resume it.
+_OF_SESSION = ("start_epoch", "stop_epoch", "no_resume_opt", "resume_anyway")
 
 # Derived by the parser, not settings: they have no flag and are left out of args.yaml.
-_DERIVED = ("given", "builtin_data")
+_DERIVED = ("given", "of_session", "builtin_data")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -197,7 +204,8 @@ def parse_train_args(
 
     Returns:
         Every flag by timm's name for it (`batch_size`, `data_dir`, ...), and `given`, the values
-        that command line and YAML set, and `builtin_data`, whether the built-in dataset was taken
+        that command line and YAML set, `of_session`, what the command line says of this session
+        alone, and `builtin_data`, whether the built-in dataset was taken
         because no data was named. `device` is never None.
 
     Raises:
@@ -223,6 +231,7 @@ def parse_train_args(
     if builtin:
         args.dataset = BUILTIN_DATASET
     args.given, args.builtin_data = given, builtin
+    args.of_session = [key for key in _OF_SESSION if key in command]
     _fold_data(args, origins)
     if args.smoke:
         _apply_smoke(args, command)
@@ -268,6 +277,12 @@ def as_yaml_dict(args: Namespace) -> dict[str, Any]:
     The device is kept only where it was asked for, so that a run made on one machine can be
     repeated on another.
     """
-    values = {key: value for key, value in vars(args).items() if key not in (*_DERIVED, "config")}
+    left_out = (*_DERIVED, "config")
+    values = {key: value for key, value in vars(args).items() if key not in left_out}
     values["device"] = args.given.get("device")
     return values
+
+
+def as_recipe(args: Namespace) -> dict[str, Any]:
+    """`as_yaml_dict` without what was meant for one session: what later ones start from."""
+    return {key: v for key, v in as_yaml_dict(args).items() if key not in args.of_session}

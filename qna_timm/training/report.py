@@ -31,6 +31,8 @@ SUMMARY_NAME = "summary.csv"
 CURVES_NAME = "curves.png"
 ENVIRONMENT_NAME = "environment.json"
 LOG_NAME = "train.log"
+BAD_IMAGES_NAME = "bad_images.csv"
+NONFINITE_NAME = "nonfinite.jsonl"
 
 _logger = logging.getLogger(__name__)
 
@@ -236,13 +238,33 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
 def write_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write summary.csv whole; epochs without evaluation leave their columns empty."""
     columns = dict.fromkeys(key for row in rows for key in row if key not in ("lr", "spans"))
+    _write_table(folder / SUMMARY_NAME, [*columns, "lr"], rows)
+
+
+def write_bad_images(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Write bad_images.csv whole: images that could not be read, and what stood in for them.
+
+    Args:
+        folder: The run folder.
+        entries: From `bad_images.merge_replaced`, at least one.
+    """
+    _write_table(folder / BAD_IMAGES_NAME, list(entries[0]), entries)
+
+
+def _write_table(path: Path, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
     with (
-        replacing(folder / SUMMARY_NAME) as temporary,
+        replacing(path) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.DictWriter(file, [*columns, "lr"], extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a text file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{text}\n")
 
 
 class Trackers:

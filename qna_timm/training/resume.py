@@ -1,93 +1,102 @@
-"""The state of a run after an epoch: written to one file, read back, put in place.
+"""The state of a run between two updates: collected, and put in place again.
 
-The file holds everything that the rest of the run depends on: weights and their average, optimizer,
-loss scaler, plateau counters, random number generators of every process, and what the caller adds
-(summary, best epochs, arguments). Tensors are stored as such, all else as JSON in the header.
+It holds everything that the rest of the run depends on: where it stands, weights and their
+average, optimizer, loss scaler, plateau counters, and what the caller adds (summary, best epochs,
+arguments). Random numbers are not in it: they are functions of what they are drawn for, see
+`sampling`.
 """
 
 import logging
-import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from timm.scheduler import PlateauLRScheduler
-from timm.utils import random_seed, unwrap_model
+from timm.utils import unwrap_model
+from torch import Tensor, nn
 
 from qna_timm.training.checkpoint import check_weights
-from qna_timm.training.distributed import Processes, gather_to_primary
+from qna_timm.training.distributed import gather_to_primary
 from qna_timm.training.errors import UsageError
 from qna_timm.training.loop import Trainer
-from qna_timm.training.state_files import (  # noqa: F401  (known by these names to scripts)
-    STATE_KEY,
-    STATE_NAME,
-    find_state,
-    load_state,
-    save_state,
-)
 
 _logger = logging.getLogger(__name__)
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """State of this process's generators: Python's, NumPy's, PyTorch's, the accelerator's."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+class Position(NamedTuple):
+    """Where a run stands.
+
+    Attributes:
+        epoch: Whole epochs behind it.
+        updates: Updates of the epoch it is in.
+        evaluating: Whether the epoch's training is done and its evaluation is not.
+    """
+
+    epoch: int = 0
+    updates: int = 0
+    evaluating: bool = False
+
+    def __str__(self) -> str:
+        text = f"{self.epoch} whole epochs"
+        if self.evaluating:
+            return f"{text} and the training of another"
+        return f"{text} and {self.updates} updates" if self.updates else text
 
 
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """The inverse of `random_state`; generators that `state` does not know stay as they are."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.asarray(keys), *rest))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def collect_state(trainer: Trainer, epochs_done: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+def collect_state(trainer: Trainer, position: Position, extra: Mapping[str, Any]) -> dict[str, Any]:
     """The run's state, to be called by every process.
 
     Args:
         trainer: What trains.
-        epochs_done: Number of whole epochs behind us.
+        position: Where the run stands.
         extra: More nested values to save.
 
     Returns:
-        The state on the first process; on the others without the random states of the rest.
+        The state on the first process; the others' lacks what the first has gathered.
     """
     task, schedule = trainer.task, trainer.schedule
     ema = task.get_trainable_module(ema=True)
     plateau = isinstance(schedule, PlateauLRScheduler)
     return {
-        "epochs_done": epochs_done,
+        "position": position._asdict(),
         "num_updates": trainer.num_updates,
+        "skipped": trainer.skipped,
         "model": unwrap_model(task.get_trainable_module()).state_dict(),
         "task": task.get_task_state(),
         "ema": None if ema is None else unwrap_model(ema).state_dict(),
+        "buffers": gather_to_primary(_own_buffers(trainer), trainer.processes),
+        "losses": gather_to_primary(trainer.mean.state(), trainer.processes),
         "optimizer": trainer.optimizer.state_dict(),
         "settings": trainer.settings,
         "scaler": trainer.precision.scaler.state_dict(),
         "plateau": schedule.lr_scheduler.state_dict() if plateau else None,
-        "random": gather_to_primary(
-            random_state(trainer.processes.device), trainer.processes
-        ),
         **extra,
-    }  # fmt: skip
+    }
+
+
+def _modules(trainer: Trainer) -> dict[str, nn.Module]:
+    """The model and, if there is one, the averaged model, without their wrappers."""
+    modules = {
+        kind: trainer.task.get_trainable_module(ema=kind == "ema") for kind in ("model", "ema")
+    }
+    return {kind: unwrap_model(module) for kind, module in modules.items() if module is not None}
+
+
+def _own_buffers(trainer: Trainer) -> dict[str, dict[str, Tensor]] | None:
+    """What may differ between processes: statistics of each one's own batches."""
+    if not trainer.processes.distributed:
+        return None
+    return {
+        kind: {name: buffer.cpu() for name, buffer in module.named_buffers()}
+        for kind, module in _modules(trainer).items()
+    }
 
 
 def restore(
     trainer: Trainer, state: Mapping[str, Any], path: Path, *, with_optimizer: bool = True
-) -> None:
-    """Put a loaded state in place, to be called by every process before its first epoch.
+) -> Position:
+    """Put a loaded state in place, to be called by every process before it trains.
 
     Settings of the optimizer that the flags have changed since (such as the learning rate) take
     effect, and are logged.
@@ -98,10 +107,13 @@ def restore(
         path: Where it is from, for messages.
         with_optimizer: False starts optimizer, scaler and schedule afresh (--no-resume-opt).
 
+    Returns:
+        Where the run goes on.
+
     Raises:
         UsageError: The state is of another model or optimizer.
     """
-    task = trainer.task
+    task, position = trainer.task, Position(**state["position"])
     model = unwrap_model(task.get_trainable_module())
     check_weights(model, state["model"], {}, path)
     model.load_state_dict(state["model"])
@@ -112,25 +124,34 @@ def restore(
     elif ema is not None:
         ema.set(model)
         _logger.warning("%s has no averaged weights: the average starts at its weights", path)
-    trainer.num_updates = state["num_updates"]
+    _restore_own(trainer, state)
+    trainer.num_updates, trainer.skipped = state["num_updates"], state["skipped"]
     if with_optimizer:
         _restore_optimizer(trainer, state, path)
         trainer.precision.scaler.load_state_dict(state["scaler"])
-    _restore_schedule(trainer, state, with_optimizer)
-    restore_random(state["random"], trainer.processes, trainer.args.seed + state["epochs_done"])
+    _restore_schedule(trainer, state, position.epoch, with_optimizer)
+    return position
 
 
-def restore_random(states: list[Mapping[str, Any]], processes: Processes, seed: int) -> None:
-    """Set this process's generators, or seed them where the number of processes has changed."""
-    if len(states) == processes.world_size:
-        set_random_state(states[processes.rank], processes.device)
-    else:
-        random_seed(seed, processes.rank)
-        _logger.warning(
-            "saved by %d processes, resumed by %d: random numbers start afresh",
-            len(states),
-            processes.world_size,
-        )
+@torch.no_grad()
+def _restore_own(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """This process's own buffers and losses; after a change of their number the first has all."""
+    processes = trainer.processes
+    same = len(state["losses"]) == processes.world_size
+    if same and processes.distributed:
+        for kind, module in _modules(trainer).items():
+            saved = state["buffers"][processes.rank].get(kind, {})
+            for name, buffer in module.named_buffers():
+                if name in saved:
+                    buffer.copy_(saved[name])
+    trainer.mean.clear()
+    if same:
+        trainer.mean.load(state["losses"][processes.rank])
+        return
+    for losses in state["losses"]:
+        if not processes.is_primary:
+            losses = {"images": 0.0, "sums": dict.fromkeys(losses["sums"], 0.0)}
+        trainer.mean.load(losses)
 
 
 def _restore_optimizer(trainer: Trainer, state: Mapping[str, Any], path: Path) -> None:
@@ -150,7 +171,8 @@ def _restore_optimizer(trainer: Trainer, state: Mapping[str, Any], path: Path) -
     ):
         changed = {key: value for key, value in new.items() if value != old.get(key)}
         for key, value in changed.items():
-            changes.setdefault(key, f"{key.replace('initial_', '')} {old.get(key)} -> {value}")
+            name = key.removeprefix("initial_")
+            changes.setdefault(name, f"{name} {old.get(key)} -> {value}")
         if "initial_lr" in changed:
             changed["lr"] = changed["initial_lr"]
         groups.append({**group, **changed})
@@ -162,9 +184,11 @@ def _restore_optimizer(trainer: Trainer, state: Mapping[str, Any], path: Path) -
         _logger.info("changed since the state was saved: %s", ", ".join(changes.values()))
 
 
-def _restore_schedule(trainer: Trainer, state: Mapping[str, Any], with_state: bool) -> None:
+def _restore_schedule(
+    trainer: Trainer, state: Mapping[str, Any], epoch: int, with_state: bool
+) -> None:
     """Move the schedule to where the run stands; timm's schedules are functions of the count."""
-    schedule, epoch = trainer.schedule, state["epochs_done"]
+    schedule = trainer.schedule
     if isinstance(schedule, PlateauLRScheduler):
         if with_state and state["plateau"] is not None:
             schedule.lr_scheduler.load_state_dict(state["plateau"])

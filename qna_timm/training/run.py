@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from qna_timm.training import report
 from qna_timm.training.build import (
@@ -21,6 +22,7 @@ from qna_timm.training.build import (
     input_config,
     prepare_model,
 )
+from qna_timm.training.control import Control
 from qna_timm.training.data import (
     ImageLoader,
     create_eval_loader,
@@ -28,11 +30,15 @@ from qna_timm.training.data import (
     open_datasets,
     uses_prefetcher,
 )
+from qna_timm.training.data_print import fingerprint
 from qna_timm.training.distributed import Processes
+from qna_timm.training.exactness import versions
 from qna_timm.training.gramian_task import GramianTask, has_branches
-from qna_timm.training.loop import Precision, Trainer, num_updates
+from qna_timm.training.loop import Trainer, num_updates
 from qna_timm.training.names import model_label
 from qna_timm.training.optim import create_optimizer, create_schedule, learning_rate
+from qna_timm.training.precision import Precision
+from qna_timm.training.shards import ShardPlan, plan_shards
 from qna_timm.training.span_task import DEFAULT_PENALTY, SpanTask, has_spans
 from qna_timm.training.task import TrainTask, create_loss, create_mixup
 from qna_timm.training.tta import AveragedViews
@@ -59,6 +65,9 @@ class Run:
         eval_loader: Validation images.
         epochs: Epochs of the schedule.
         metadata: What the checkpoints say about the run.
+        control: Where the processes agree.
+        plan: How the training images divide into updates; None for streams.
+        identity: What a resumed run must find unchanged: data and versions.
         draws: Whether the run's curves are drawn.
     """
 
@@ -69,31 +78,60 @@ class Run:
     eval_loader: ImageLoader
     epochs: int
     metadata: dict[str, Any]
+    control: Control
+    plan: ShardPlan | None
+    identity: dict[str, Any]
     draws: bool = False
 
+    @property
+    def last_epoch(self) -> int:
+        """Epochs after which this session ends, as far as settings say."""
+        return min(self.args.stop_epoch or self.epochs, self.epochs)
 
-def set_up(args: argparse.Namespace, processes: Processes) -> Run:
+
+def set_up(
+    args: argparse.Namespace,
+    processes: Processes,
+    control: Control,
+    plan: ShardPlan | None = None,
+) -> Run:
     """Open the data and build everything that trains on it.
+
+    Args:
+        args: Settings.
+        processes: The run's processes.
+        control: Where they agree.
+        plan: Of the run that this one goes on with, see `elastic`.
 
     Raises:
         UsageError: Settings, files or data are at fault.
     """
     report.check_trackers(args)
+    if args.deterministic:
+        # read when cuBLAS makes its first handle
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if processes.device.type == "cuda":
         # As timm's script: one input size, so the search pays; TF32 for what float32 is left.
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not args.deterministic
         torch.set_float32_matmul_precision("high")
     train_set, eval_set = open_datasets(args)
+    if plan is None and not isinstance(train_set, IterableDataset):
+        plan = plan_shards(
+            len(train_set),
+            args.batch_size,
+            processes.world_size,
+            args.grad_accum_steps,
+            args.epoch_repeats,
+        )
     classes, class_names = choose_classes(args, train_set)
-    # One seed for the weights, so that all processes start from the same; then one for each.
+    # All processes start from the same weights.
     random_seed(args.seed)
     model = build_model(args, classes)
     data_config = input_config(args, model)
     metadata = describe(args, model, data_config, class_names)
     model = prepare_model(model, args, processes)
     check_forward(with_views(model, args), data_config, metadata["num_classes"])
-    random_seed(args.seed, processes.rank)
-
     device, in_loader = processes.device, uses_prefetcher(args, processes.device)
     mixup = create_mixup(args, metadata["num_classes"], in_loader)
     train_loader = create_train_loader(
@@ -103,6 +141,7 @@ def set_up(args: argparse.Namespace, processes: Processes) -> Run:
         device=device,
         mixup_collate=mixup if in_loader else None,
         num_aug_splits=args.aug_splits,
+        plan=plan,
     )
     eval_batch = args.validation_batch_size or args.batch_size
     eval_loader = create_eval_loader(
@@ -119,9 +158,22 @@ def set_up(args: argparse.Namespace, processes: Processes) -> Run:
         args=args,
         processes=processes,
         precision=Precision(args, device),
+        control=control,
         mixup=None if in_loader else mixup,
     )
-    run = Run(args, processes, trainer, train_loader, eval_loader, epochs, metadata)
+    identity = {"data": fingerprint(train_set, eval_set), "versions": versions(device)}
+    run = Run(
+        args,
+        processes,
+        trainer,
+        train_loader,
+        eval_loader,
+        epochs,
+        metadata,
+        control,
+        plan,
+        identity,
+    )
     _announce_data_and_model(run, model, train_set, eval_set, known_classes=classes is not None)
     _announce_arithmetic(run, updates, lr_text)
     return run
@@ -195,7 +247,7 @@ def _announce_arithmetic(run: Run, updates: int, lr_text: str) -> None:
         args.grad_accum_steps,
         images_per_update(args, processes),
         updates,
-        run.epochs,
+        run.last_epoch,
         lr_text,
     )
     if isinstance(task := run.trainer.task, SpanTask):

@@ -1,39 +1,45 @@
-"""SIGTERM and SIGINT: stop between two bytecodes, but never in the middle of a save."""
+"""SIGTERM, SIGINT and SIGUSR1: noted at once, obeyed where a run can stop without losing a step."""
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
+# What a batch system sends when time is nearly up: save, and let the job come back.
+REQUEUE_SIGNAL = getattr(signal, "SIGUSR1", None)
 
 
 class Stopped(BaseException):
-    """The process was asked to stop.
+    """The run was asked to stop.
 
     Attributes:
         signum: The signal.
-        exit_code: What the process should exit with, 128 + signal number as shells have it.
+        exit_code: What the process should exit with: 128 + signal number as shells have it, 0
+            after SIGUSR1.
     """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
-        self.exit_code = 128 + signum
+        self.exit_code = 0 if signum == REQUEUE_SIGNAL else 128 + signum
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT raises `Stopped`; further ones do nothing.
+    """While entered, notes the first of `SIGNALS`; further ones do nothing.
 
-    An epoch that is cut short leaves no trace, its work is done again after a resume: so there is
-    nothing to finish, but what `held` covers is finished first.
+    Before `defer` the signal raises `Stopped` between two bytecodes: nothing is there to be saved.
+    After it the signal waits in `received` until the run's processes agree on where to stop.
+
+    Attributes:
+        received: Number of the signal, 0 before one came.
     """
 
     def __init__(self) -> None:
-        self._received: int | None = None
-        self._holds = 0
+        self.received = 0
+        self._deferred = False
         self._process = os.getpid()
         self._previous: dict[int, object] = {}
 
@@ -52,12 +58,16 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def defer(self) -> None:
+        """From now on signals only fill `received`."""
+        self._deferred = True
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             self._handle_in_worker(signum)
-        elif self._received is None:
-            self._received = signum
-            if not self._holds:
+        elif not self.received:
+            self.received = signum
+            if not self._deferred:
                 raise Stopped(signum)
 
     def _handle_in_worker(self, signum: int) -> None:
@@ -68,14 +78,3 @@ class StopSignals:
         """
         if signum == signal.SIGTERM:
             signal.signal(signum, signal.SIG_DFL)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Put `Stopped` off to the end of the block."""
-        self._holds += 1
-        try:
-            yield
-        finally:
-            self._holds -= 1
-        if self._received is not None and not self._holds:
-            raise Stopped(self._received)

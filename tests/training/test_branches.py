@@ -25,6 +25,7 @@ from qna_timm.training.distributed import Processes
 from qna_timm.training.evaluation import evaluate
 from qna_timm.training.gramian_task import GramianTask
 from qna_timm.training.observers import BranchCounts
+from qna_timm.training.precision import Precision
 from qna_timm.training.recipe import parse_train_args
 
 DATA = Path(__file__).parents[1] / "data"
@@ -131,7 +132,7 @@ def trainer_for(model: nn.Module, *argv: str) -> loop.Trainer:
     args = parse_train_args(["--dataset", "sklearn/digits", "--device", "cpu", *argv])
     task = GramianTask(model, nn.CrossEntropyLoss(), ga_lam=args.ga_lam, device=CPU, verbose=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    precision = loop.Precision(args, CPU)
+    precision = Precision(args, CPU)
     return loop.Trainer(
         task, optimizer, None, args=args, processes=Processes(CPU), precision=precision
     )

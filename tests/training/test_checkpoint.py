@@ -13,7 +13,6 @@ from safetensors import safe_open
 from timm.models import load_checkpoint
 from torch import nn
 
-from qna_timm.training import resume
 from qna_timm.training.build import build_model
 from qna_timm.training.checkpoint import (
     load_weights,
@@ -244,19 +243,6 @@ def test_packing_round_trip() -> None:
     assert again.rand() == np.random.RandomState(3).rand()
     with pytest.raises(TypeError, match=r"state\.a\.0: state of type .*Path"):
         pack({"a": [Path()]}, {})
-
-
-def test_random_state_round_trip() -> None:
-    device = torch.device("cpu")
-    state = resume.random_state(device)
-
-    def draw() -> tuple:
-        return torch.rand(2).tolist(), np.random.rand(), np.random.randn()
-
-    first = draw()
-    assert draw() != first
-    resume.set_random_state(state, device)
-    assert draw() == first
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 from qna_timm.training.early_stop import last_gain, stops_early
 from qna_timm.training.errors import UsageError
 from qna_timm.training.recipe import parse_train_args
+from qna_timm.training.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 NAN = float("nan")
@@ -105,16 +106,16 @@ def test_a_run_ends_finished_and_stays_ended(
     top1 = {0: 10.0, 1: 30.0, 2: 20.0, 3: 30.0, 4: 30.0, 5: 40.0}
     trained: list[int] = []
 
-    def train_epoch(run: Any, epoch: int, last: bool) -> dict[str, Any]:
+    def train_epoch(self: Session, epoch: int, label: str) -> dict[str, float]:
         trained.append(epoch)
-        return whole(run, epoch, last)
+        return whole(self, epoch, label)
 
-    def metrics(run: Any, ema: bool) -> dict[str, float]:
+    def metrics(self: Session, ema: bool) -> dict[str, float]:
         return {"loss": 1.0, "top1": top1[trained[-1]], "top5": 50.0}
 
-    whole = train.train_and_evaluate
-    monkeypatch.setattr(train, "train_and_evaluate", train_epoch)
-    monkeypatch.setattr(train, "evaluate_model", metrics)
+    whole = Session._train_epoch
+    monkeypatch.setattr(Session, "_train_epoch", train_epoch)
+    monkeypatch.setattr(Session, "_evaluate", metrics)
     folder, early = tmp_path / "a", ["--early-stop-epochs", "2"]
     # Interrupted and resumed, it ends where it would have ended.
     assert train.main(digits(tmp_path, *early, "--stop-epoch", "3")) == 0

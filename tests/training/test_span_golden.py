@@ -16,6 +16,7 @@ from qna_timm.convert import span_state_dict
 from qna_timm.training import loop
 from qna_timm.training.distributed import Processes
 from qna_timm.training.optim import create_optimizer
+from qna_timm.training.precision import Precision
 from qna_timm.training.recipe import parse_train_args
 from qna_timm.training.run import build_task
 from qna_timm.training.span_task import SpanTask
@@ -85,7 +86,7 @@ def trainer_for(model: torch.nn.Module, *argv: str) -> loop.Trainer:
         None,
         args=args,
         processes=processes,
-        precision=loop.Precision(args, CPU),
+        precision=Precision(args, CPU),
     )
 
 

@@ -15,6 +15,7 @@ from span_model import Spans
 from qna_timm.training import loop
 from qna_timm.training.distributed import Processes
 from qna_timm.training.optim import create_optimizer
+from qna_timm.training.precision import Precision
 from qna_timm.training.recipe import parse_train_args
 from qna_timm.training.run import build_task
 from qna_timm.training.span_task import SpanTask, has_spans, span_layers
@@ -37,7 +38,7 @@ def trainer_for(model: nn.Module, *argv: str) -> loop.Trainer:
         None,
         args=args,
         processes=processes,
-        precision=loop.Precision(args, CPU),
+        precision=Precision(args, CPU),
     )
 
 

@@ -25,12 +25,14 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from qna_timm.training import loaders, loop, run
+from qna_timm.training import loaders, loop, resume, run
 from qna_timm.training.checkpoint import load_weights, read_metadata, read_weights
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
 from qna_timm.training.optim import create_schedule, learning_rate
+from qna_timm.training.precision import Precision
 from qna_timm.training.recipe import parse_train_args
+from qna_timm.training.session import Session
 from qna_timm.training.signals import Stopped, StopSignals
 from qna_timm.training.state_files import load_state
 from qna_timm.training.task import TrainTask, create_loss
@@ -95,7 +97,7 @@ def trainer_for(
     args = parse_train_args(["--dataset", "sklearn/digits", "--device", "cpu", *argv])
     task = task_class(model, nn.CrossEntropyLoss(), device=CPU, verbose=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr or 0.1)
-    precision = loop.Precision(args, CPU)
+    precision = Precision(args, CPU)
     processes = Processes(CPU)
     trainer = loop.Trainer(
         task, optimizer, None, args=args, processes=processes, precision=precision
@@ -191,7 +193,7 @@ def test_skipped_step_is_no_step() -> None:
     before = model.weight.clone()
     trainer, _ = trainer_for(model, "--amp", task_class=TwoLosses)
     images, labels = batches(1)[0]
-    trainer.train_epoch([(images * float("inf"), labels)], 0, "train")
+    trainer.train_epoch([(images * 1e3, labels)], 0, "train")
     assert torch.equal(model.weight, before)
     assert trainer.task.steps == 0 and trainer.num_updates == 1
     trainer.train_epoch([(images, labels)], 1, "train")
@@ -288,6 +290,7 @@ def test_run_folder_and_what_it_reproduces(
     folder = tmp_path / "a"
     names = {path.name for path in folder.iterdir()}
     files = "args.yaml environment.json train.log summary.csv curves.png last.state.safetensors"
+    files += " previous.state.safetensors"
     weights = {
         f"{n}{kind}.safetensors"
         for n in ("best", "last", "checkpoint-0", "checkpoint-1")
@@ -414,9 +417,10 @@ def test_resume_auto_of_nothing_starts_afresh(
 
 def test_nan_is_never_best(train: ModuleType, tmp_path: Path) -> None:
     argv = ["--experiment", "nan", "--opt", "sgd", "--lr", "1e30", "--warmup-epochs", "0"]
-    train.main(digits(tmp_path, *argv, "--eval-metric", "loss"))
+    train.main(digits(tmp_path, *argv, "--eval-metric", "loss", "--on-nonfinite", "skip"))
     rows = summary(tmp_path / "nan")
-    assert rows[-1]["eval_loss"] == "nan"
+    assert rows[-1]["eval_loss"] == "nan" and rows[-1]["train_skipped_updates"] == "3"
+    assert len((tmp_path / "nan" / "nonfinite.jsonl").read_text().splitlines()) == 2 + 3
     assert not (tmp_path / "nan" / "best.safetensors").exists()
     assert (tmp_path / "nan" / "last.safetensors").exists()
 
@@ -517,9 +521,13 @@ def test_state_of_another_model_or_optimizer(train: ModuleType, tmp_path: Path) 
     state = tmp_path / "a" / "last.state.safetensors"
     resume = ["--resume", str(state), "--output", str(tmp_path / "new")]
     for flags, pattern in (
-        (["--model", "test_resnet"], "not a checkpoint of test_resnet"),
-        (["--num-classes", "11"], "has 10 classes, the model 11"),
-        (["--opt", "sgd"], "--opt sgd: .* trained with adamw; --no-resume-opt"),
+        (
+            ["--model", "test_resnet"],
+            "cannot go on exactly: --model test_vit -> test_resnet, .*yway",
+        ),
+        (["--model", "test_resnet", "--resume-anyway"], "not a checkpoint of test_resnet"),
+        (["--num-classes", "11", "--resume-anyway"], "has 10 classes, the model 11"),
+        (["--opt", "sgd"], "cannot go on exactly: --opt adamw -> sgd"),
     ):
         with pytest.raises(UsageError, match=pattern):
             train.main(digits(tmp_path, *resume, *flags))
@@ -559,7 +567,7 @@ def test_two_processes_train_like_one(train: ModuleType, tmp_path: Path) -> None
         for column, value in first.items():
             assert float(second[column]) == pytest.approx(float(value), rel=1e-5), column
     assert done.stderr.count("run folder") == 1 and done.stdout.count("--result") == 1
-    assert len(load_state(tmp_path / "two" / "last.state.safetensors")["random"]) == 2
+    assert len(load_state(tmp_path / "two" / "last.state.safetensors")["losses"]) == 2
 
 
 def test_mistake_in_every_process_is_told_once(tmp_path: Path) -> None:
@@ -570,7 +578,7 @@ def test_mistake_in_every_process_is_told_once(tmp_path: Path) -> None:
     assert "exitcode  : 2" in done.stderr and not output.exists()
 
 
-def test_signal_ends_the_run_after_the_last_save(tmp_path: Path) -> None:
+def test_signal_ends_the_run_at_the_next_update(tmp_path: Path) -> None:
     argv = digits(tmp_path, "--experiment", "a", "--epochs", "1000", "-j", "1")
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *argv],
@@ -581,31 +589,56 @@ def test_signal_ends_the_run_after_the_last_save(tmp_path: Path) -> None:
     while not state.is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
-    epochs = load_state(state)["epochs_done"]
-    assert f"{epochs} whole epochs are saved: --resume {state.parent}" in errors
+    position = resume.Position(**load_state(state)["position"])
+    assert f"{position} are saved: --resume {state.parent}" in errors
     assert errors.endswith("warning: stopped by SIGTERM\n")
     assert "Traceback" not in errors
-    assert len(summary(state.parent)) == epochs
+    assert len(summary(state.parent)) == position.epoch
     assert not [path.name for path in state.parent.iterdir() if path.name.endswith(".tmp")]
 
 
-def test_interrupt_ends_the_run(
+@pytest.mark.parametrize("place", ["training", "evaluation", "save"])
+def test_interrupt_loses_no_update(
+    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    where = {
+        "training": (loop.Trainer, "_update"),
+        "evaluation": (Session, "_evaluate"),
+        "save": (Session, "_save_epoch"),
+    }
+    owner, name = where[place]
+    whole, calls = getattr(owner, name), []
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    assert train.main(digits(tmp_path, "--experiment", "a", "--epochs", "3")) == 130
+    position = resume.Position(**load_state(tmp_path / "a" / "last.state.safetensors")["position"])
+    expected = {"training": (0, 3, False), "evaluation": (1, 3, True), "save": (2, 0, False)}
+    assert position == expected[place]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
+
+
+def test_requeue_signal_ends_the_run_well(
     train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole_epoch = loop.Trainer.train_epoch
+    whole = loop.Trainer._update
 
-    def interrupted(self: loop.Trainer, loader: Any, epoch: int, label: str) -> dict[str, float]:
-        if epoch == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return whole_epoch(self, loader, epoch, label)
+    def signalled(self: loop.Trainer, *args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        whole(self, *args)
 
-    monkeypatch.setattr(loop.Trainer, "train_epoch", interrupted)
-    assert train.main(digits(tmp_path, "--experiment", "a", "--epochs", "3")) == 130
-    assert len(summary(tmp_path / "a")) == 1
-    assert load_state(tmp_path / "a" / "last.state.safetensors")["epochs_done"] == 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
+    monkeypatch.setattr(loop.Trainer, "_update", signalled)
+    assert train.main(digits(tmp_path, "--experiment", "a")) == 0
+    position = load_state(tmp_path / "a" / "last.state.safetensors")["position"]
+    assert position == {"epoch": 0, "updates": 2, "evaluating": False}
 
 
 def test_signal_before_the_first_epoch(
@@ -616,13 +649,12 @@ def test_signal_before_the_first_epoch(
     assert not (tmp_path / "out").exists()
 
 
-def test_signal_waits_for_a_save() -> None:
-    reached = []
-    with pytest.raises(Stopped) as stopped, StopSignals() as signals:
-        with signals.held():
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGINT)
-            reached.append("end of save")
-        reached.append("next epoch")
-    assert reached == ["end of save"]
+def test_deferred_signals_wait() -> None:
+    with StopSignals() as signals:
+        signals.defer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGTERM, "the first one counts"
+    with pytest.raises(Stopped) as stopped, StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
     assert stopped.value.exit_code == 143 and str(stopped.value) == "SIGTERM"
