@@ -20,9 +20,13 @@ T = TypeVar("T")
 
 # Longest wait for connections to close, in seconds.
 LEAVE_SECONDS = 10
-# gloo reports a process that is gone, hangs or cannot be reached as a plain RuntimeError; the place
-# in its source comes first.
-GLOO = re.compile(r"\[[^\]]*gloo/[^\]]*\]\s*")
+# gloo reports a process that is gone, hangs or cannot be reached as a plain RuntimeError, most of
+# them with the place in its source before the message.
+GLOO_PLACE = re.compile(r"\[[^\]]*gloo/[^\]]*\]\s*")
+GLOO_MESSAGE = re.compile(
+    r"Application timeout caused|Connect(ion closed by peer| timeout)|Peer disconnected"
+    r"|Remote peer closed|Socket (unexpectedly )?closed|Timed out waiting \d"
+)
 
 
 @dataclass(frozen=True)
@@ -149,11 +153,10 @@ def lost_connection(error: BaseException) -> str | None:
     """
     while error is not None:
         text = str(error)
-        if isinstance(error, dist.DistError) or (
-            isinstance(error, RuntimeError) and GLOO.search(text)
-        ):
+        by_gloo = GLOO_PLACE.search(text) or GLOO_MESSAGE.match(text)
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and by_gloo):
             # Only the first line, without advice on PyTorch, helps who runs this.
-            first, *_ = GLOO.sub("", text).strip().splitlines() or [type(error).__name__]
+            first, *_ = GLOO_PLACE.sub("", text).strip().splitlines() or [type(error).__name__]
             reason = first.partition(". This is typically")[0].rstrip(".")
             return f"the connection to other processes is lost ({reason})"
         error = error.__cause__ or error.__context__

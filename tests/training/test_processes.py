@@ -190,6 +190,10 @@ def test_flags_of_one_process() -> None:
             ),
             "(Connection closed by peer [::1]:5)",
         ),
+        (
+            RuntimeError("Application timeout caused pair closure"),
+            "(Application timeout caused pair closure)",
+        ),
         (dist.DistBackendError("NCCL error: remote process exited\nmore"), "(NCCL error: remote"),
         (dist.DistBackendError(""), "(DistBackendError)"),
         (RuntimeError("Connection closed by a web server"), None),
