@@ -189,3 +189,10 @@ def test_arguments_that_do_not_fit(
     with pytest.raises(UsageError) as caught:
         convert(source, "--model", "sa_resnet_small_local", "--out", out, *argv)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_spans_are_fractions_of_the_same_pixels(tmp_path: Path) -> None:
+    source = write(tmp_path / "x_ckpt.tar", released_span("small_adaptive_R2"))
+    argv = ["--model", "sa_resnet_small_adaptive", "--model-kwargs", "max_span=9"]
+    with pytest.raises(UsageError, match="fractions of max_span=5, the model has max_span=9"):
+        convert(source, *argv, "--out", tmp_path / "o.safetensors")

@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 from qna_timm.convert.span import _PROJECTIONS, _our_name
-from qna_timm.layers import AdaptiveSpan, AugmentedConv2d
+from qna_timm.layers import AdaptiveSpan, AugmentedConv2d, SpanAttention
 from qna_timm.models.sa_resnet import SAResNet, checkpoint_filter_fn
 
 GOLDEN = info("sa_resnet")
@@ -151,6 +151,18 @@ def test_any_image_size(kind: str, size: tuple[int, int]) -> None:
     assert logits.shape == (1, 100) and logits.isfinite().all()
     for feature, reduction in zip(maps, (2, 4, 8), strict=True):
         assert feature.shape[2:] == tuple(-(-side // reduction) for side in size)
+
+
+def test_windows_of_fixed_size() -> None:
+    model = timm.create_model("sa_resnet_small_adaptive").eval()
+    x = torch.randn(1, 3, 16, 16)
+    wanted = model(x)
+    model.fix_radius()
+    layers = [m for m in model.modules() if isinstance(m, SpanAttention)]
+    assert [layer.fixed_radius for layer in layers] == [3, 3, 3]
+    assert torch.equal(model(x), wanted)
+    model.fix_radius(False)
+    assert [layer.fixed_radius for layer in layers] == [-1, -1, -1]
 
 
 def test_larger_images_through_the_other_stem() -> None:

@@ -50,6 +50,7 @@ _SPATIAL = {
     "key_rel_w": "rel_pos_w",
 }
 _PROJECTIONS = ("query_conv.weight", "key_conv.weight", "value_conv.weight")
+_MAX_SPAN = 5  # pixels, in the release
 _LEARNED_REL_SIZE = 33  # of every learned window in the release, whatever its radius
 
 
@@ -135,6 +136,16 @@ def _check_heads(tensors: Mapping[str, Tensor], num_heads: int) -> None:
             )
 
 
+def _check_max_span(model: "SAResNet") -> None:
+    """The model's largest radius; that of released spans, fractions of it, is always the same."""
+    for name, module in model.named_modules():
+        if name.endswith("span_mask") and module.max_span != _MAX_SPAN:
+            raise ConversionError(
+                f"the checkpoint's spans are fractions of max_span={_MAX_SPAN}, the model has "
+                f"max_span={module.max_span}"
+            )
+
+
 def span_state_dict(
     state_dict: Mapping[str, Any], model: "SAResNet", exact: bool = False
 ) -> dict[str, Tensor]:
@@ -157,6 +168,7 @@ def span_state_dict(
         state_dict = _released_to_ours(state_dict)
         _check_attention(state_dict, expected)
         _check_heads(state_dict, model.num_heads)
+        _check_max_span(model)
         state_dict = {
             name: tensor
             for name, tensor in state_dict.items()

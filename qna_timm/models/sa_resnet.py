@@ -26,7 +26,13 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from qna_timm.convert import span_state_dict
-from qna_timm.layers import SPATIAL_LAYERS, BottleneckArgs, SABottleneck, check_stages
+from qna_timm.layers import (
+    SPATIAL_LAYERS,
+    BottleneckArgs,
+    SABottleneck,
+    SpanAttention,
+    check_stages,
+)
 
 __all__ = ["SAResNet"]
 
@@ -48,8 +54,7 @@ class SAResNet(nn.Module):
 
     Defaults are the released code's. Those of its traits that the papers do not describe can be
     turned off: see rel_axes, mask_padding, scale_scores, eps and exact_radius of `SpanAttention`.
-    A learned window is followed as it changes; for deployment `SpanAttention.fix_radius` freezes
-    its size.
+    A learned window is followed as it changes; for deployment `fix_radius` freezes its size.
 
     Args:
         in_chans: Image channels.
@@ -220,6 +225,17 @@ class SAResNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in backward."""
         self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def fix_radius(self, fix: bool = True) -> None:
+        """Freezes the sizes of all learned windows, see `SpanAttention.fix_radius`.
+
+        They belong to the present spans: to be called again after other weights are loaded, and
+        undone (False) before training.
+        """
+        for module in self.modules():
+            if isinstance(module, SpanAttention):
+                module.fix_radius(fix)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
