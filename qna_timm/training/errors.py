@@ -16,10 +16,18 @@ class UsageError(Exception):
 
 
 class RunFailed(Exception):
-    """A run that cannot go on though its settings are right, told in one line.
+    """A run cannot go on, through no mistake in its settings; told in one line.
 
-    What has been saved before stays good. `run_cli` turns it into exit code 1 without a traceback.
+    `run_cli` turns it into exit code 1 without a traceback.
+
+    Args:
+        message: What happened.
+        everywhere: Whether every process of the run raises it, so that one telling is enough.
     """
+
+    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 def closest(name: str, candidates: Iterable[str], n: int = 3) -> str:
@@ -54,14 +62,21 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except UsageError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _rank() in (None, 0):
             _print_line("error", error)
         sys.exit(2)
     except RunFailed as error:
-        rank = os.environ.get("RANK", "")
-        _print_line(f"failed on rank {rank}" if rank else "failed", error)
+        rank = None if error.everywhere else _rank()
+        if not error.everywhere or _rank() in (None, 0):
+            _print_line("failed" if rank is None else f"failed on rank {rank}", error)
         sys.exit(1)
     sys.exit(code or 0)
+
+
+def _rank() -> int | None:
+    """Number of this process under torchrun or SLURM, which may not have been asked yet."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+    return int(rank) if rank else None
 
 
 def _print_line(what: str, error: Exception) -> None:

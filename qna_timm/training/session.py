@@ -106,7 +106,8 @@ class Session:
 
         Raises:
             Stopped: A signal came; the state has been saved.
-            RunFailed: The run cannot go on; the state has been saved.
+            RunFailed: The run cannot go on from what was last saved, which of a loss that is not
+                finite is the state before its update.
         """
         while self.position.epoch < stop:
             if not self.position.updates and stops_early(self.run.args, self.rows):
@@ -203,9 +204,9 @@ class Session:
         if run.args.on_nonfinite != "rewind" or self._rewinds == _MOST_REWINDS:
             self.position = Position(bad.epoch, bad.update)
             self.save_state()
-            raise RunFailed(str(bad))
+            raise RunFailed(str(bad), everywhere=True)
         if self.saved is None:
-            raise RunFailed(f"{bad}; there is no saved state to go back to")
+            raise RunFailed(f"{bad}; there is no saved state to go back to", everywhere=True)
         self._rewinds += 1
         path = decide_on_primary(run.processes, lambda: whole_state(path))
         state = load_state(path)
