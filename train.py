@@ -21,6 +21,9 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+from timm.utils import world_info_from_env
+
 import qna_timm  # noqa: F401  (registers its models)
 from qna_timm.training import curves, report
 from qna_timm.training.control import Control
@@ -77,25 +80,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         RunFailed: The run could not go on.
     """
     command = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
-    args, in_place = read_settings(command[1:])
+    processes = None
     with StopSignals() as signals:
+        signals.defer()  # nobody leaves alone what all wait in
         try:
-            processes = join_processes(args.device, parse_duration(args.dist_timeout))
+            args, in_place = read_settings(command[1:])
+            processes = join_processes(
+                args.device, parse_duration(args.dist_timeout), signals.give_up_waiting
+            )
             with RunLog(processes.is_primary) as log:
                 try:
                     return start(args, processes, command, in_place, log, signals)
                 except Stopped as stopped:
-                    _logger.warning("stopped by %s", stopped)
-                    requeued = stopped.signum == REQUEUE_SIGNAL
-                    return requeue_job(processes) if requeued else stopped.exit_code
+                    return leave(stopped, processes)
         except Stopped as stopped:
-            return stopped.exit_code
+            return leave(stopped, processes)
         except Exception as error:
             if (reason := lost_connection(error)) is None:
                 raise
             raise RunFailed(reason) from error
         finally:
             leave_processes()
+
+
+def leave(stopped: Stopped, processes: Processes | None) -> int:
+    """Say that a signal has stopped the run, and ask for the job again if it was meant so.
+
+    Returns:
+        Exit code.
+    """
+    _logger.warning("stopped by %s", stopped)
+    if stopped.signum != REQUEUE_SIGNAL:
+        return stopped.exit_code
+    return requeue_job(processes or Processes(torch.device("cpu"), *world_info_from_env()[1:]))
 
 
 def read_settings(argv: Sequence[str]) -> tuple[argparse.Namespace, bool]:
@@ -125,12 +142,14 @@ def start(
     signals: StopSignals,
 ) -> int:
     """Make everything ready, resume if asked to, and train to the last epoch or a signal."""
-    if processes.distributed:
-        signals.defer()  # nobody leaves alone what all wait in
-    resume_if_restarted(args, processes)
+    if not processes.distributed:
+        signals.obey()  # until there is something to be saved
     control = Control(processes, signals, parse_interval(args.checkpoint_interval))
+    control.stop_if_asked()
+    resume_if_restarted(args, processes)
     header = decide_on_primary(processes, lambda: saved_header(args))
     run = set_up(args, processes, control, keep_plan(args, header, processes))
+    control.stop_if_asked()
     folder, state_path = decide_on_primary(
         processes, lambda: report.plan_run(args, run.metadata["img_size"], in_place)
     )
@@ -171,6 +190,7 @@ def start(
             run.trainer.image_folder = folder if args.save_images else None
             run.draws = curves.can_draw()
         signals.defer()
+        control.stop_if_asked()
         train(session)
     return WRITE_FAILED if writes.failed else 0
 

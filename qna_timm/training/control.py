@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qna_timm.training.distributed import Processes, reduce_flags
 from qna_timm.training.intervals import Interval
-from qna_timm.training.signals import StopSignals
+from qna_timm.training.signals import Stopped, StopSignals
 
 
 class Decision(NamedTuple):
@@ -72,3 +72,12 @@ class Control:
         save = self.processes.is_primary and self._is_due()
         flags = reduce_flags([bad, self.signals.received, save], self.processes)
         return Decision(bool(flags[0]), flags[1], bool(flags[2]))
+
+    def stop_if_asked(self) -> None:
+        """Agree on whether to stop where nothing is there to be saved.
+
+        Raises:
+            Stopped: On every process, if some process received a signal.
+        """
+        if signum := self.decide().signum:
+            raise Stopped(signum)

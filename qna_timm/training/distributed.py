@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 # Longest wait for connections to close, in seconds.
 LEAVE_SECONDS = 10
+# Between two looks at signals while processes meet.
+_POLL_SECONDS = 0.1
 # gloo reports a process that is gone, hangs or cannot be reached as a plain RuntimeError, most of
 # them with the place in its source before the message.
 GLOO_PLACE = re.compile(r"\[[^\]]*gloo/[^\]]*\]\s*")
@@ -59,7 +61,9 @@ class Processes:
         return None if self.device.type == "cpu" else [self.device]
 
 
-def join_processes(device: str, timeout: timedelta | None = None) -> Processes:
+def join_processes(
+    device: str, timeout: timedelta | None = None, while_waiting: Callable[[], None] = lambda: None
+) -> Processes:
     """Find the launcher's other processes, if any, and choose this process's device.
 
     torchrun's variables are read, or those of SLURM's tasks, for which rank 0 is met on the first
@@ -70,6 +74,7 @@ def join_processes(device: str, timeout: timedelta | None = None) -> Processes:
             the device of its number on the machine.
         timeout: Longest wait for the other processes, here and in each collective operation;
             PyTorch's when None.
+        while_waiting: Called again and again while the others are waited for; may raise.
 
     Raises:
         UsageError: No such device, more processes on this machine than devices, or variables of
@@ -87,7 +92,8 @@ def join_processes(device: str, timeout: timedelta | None = None) -> Processes:
     if world_size > 1:
         if by_slurm:
             set_rendezvous(os.environ)
-        _connect(dist.get_default_backend_for_device(resolved), rank, world_size, timeout)
+        backend = dist.get_default_backend_for_device(resolved)
+        _in_thread(lambda: _connect(backend, rank, world_size, timeout), while_waiting)
         # What later looks for these, in this process or in its loader workers, finds one kind.
         os.environ.update(LOCAL_RANK=str(local_rank), RANK=str(rank), WORLD_SIZE=str(world_size))
     return Processes(resolved, rank, world_size)
@@ -115,6 +121,25 @@ def _choose_device(device: str, local_rank: int | None, by_slurm: bool) -> torch
     except RuntimeError as error:
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return resolved
+
+
+def _in_thread(work: Callable[[], None], while_waiting: Callable[[], None]) -> None:
+    """Do what waits outside Python, where no signal's handler would run before it is through."""
+    problems: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+        while_waiting()
+    if problems:
+        raise problems[0]
 
 
 def _connect(backend: str, rank: int, world_size: int, timeout: timedelta | None) -> None:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from qna_timm.training.signals import ignore_signals
+
 
 class UsageError(Exception):
     """A mistake in flags, files or data, told in one line.
@@ -60,17 +62,18 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     user's.
     """
     try:
-        code = main()
+        code = main() or 0
     except UsageError as error:
         if _rank() in (None, 0):
             _print_line("error", error)
-        sys.exit(2)
+        code = 2
     except RunFailed as error:
         rank = None if error.everywhere else _rank()
         if not error.everywhere or _rank() in (None, 0):
             _print_line("failed" if rank is None else f"failed on rank {rank}", error)
-        sys.exit(1)
-    sys.exit(code or 0)
+        code = 1
+    ignore_signals()
+    sys.exit(code)
 
 
 def _rank() -> int | None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 SIGNALS = tuple(
@@ -10,6 +11,8 @@ SIGNALS = tuple(
 )
 # What a batch system sends when time is nearly up: save, and let the job come back.
 REQUEUE_SIGNAL = getattr(signal, "SIGUSR1", None)
+# How long a signal leaves a process to meet the others, in seconds.
+_PATIENCE = 10.0
 
 
 class Stopped(BaseException):
@@ -31,7 +34,8 @@ class StopSignals:
     """While entered, notes the first of `SIGNALS`; further ones do nothing.
 
     Before `defer` the signal raises `Stopped` between two bytecodes: nothing is there to be saved.
-    After it the signal waits in `received` until the run's processes agree on where to stop.
+    After it the signal waits in `received` until the run's processes agree on where to stop, or
+    until `obey`.
 
     Attributes:
         received: Number of the signal, 0 before one came.
@@ -39,6 +43,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
+        self._received_at = 0.0
         self._deferred = False
         self._process = os.getpid()
         self._previous: dict[int, object] = {}
@@ -62,10 +67,26 @@ class StopSignals:
         """From now on signals only fill `received`."""
         self._deferred = True
 
+    def obey(self) -> None:
+        """From now on signals raise `Stopped` at once, as one does that has been received."""
+        self._deferred = False
+        if self.received:
+            raise Stopped(self.received)
+
+    def give_up_waiting(self) -> None:
+        """To be called while this process waits for others that may never come.
+
+        Raises:
+            Stopped: A signal has been waiting for 10 seconds.
+        """
+        if self.received and time.monotonic() - self._received_at > _PATIENCE:
+            raise Stopped(self.received)
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             self._handle_in_worker(signum)
         elif not self.received:
+            self._received_at = time.monotonic()
             self.received = signum
             if not self._deferred:
                 raise Stopped(signum)
@@ -78,3 +99,10 @@ class StopSignals:
         """
         if signum == signal.SIGTERM:
             signal.signal(signum, signal.SIG_DFL)
+
+
+def ignore_signals() -> None:
+    """To be called when a process ends and its exit code is settled."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
