@@ -12,12 +12,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import sklearn.datasets  # noqa: F401  (imported before the forks, which need it)
 import torch
-from timm.models import create_model  # noqa: F401  (imported before the forks)
+import torch.distributed.nn.functional
+import torch.nn.parallel.distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 # What depends on when and where a run ran.
@@ -47,12 +49,23 @@ class Run:
         argv: Flags.
         log: Where the processes' output goes.
         processes: Number of ranks.
+        prepare: Called with the rank in each process before it starts; what it patches there is
+            patched nowhere else.
+
+    Attributes:
+        codes: Exit codes so far, minus the signal's number of those that were killed.
     """
 
     def __init__(
-        self, train: ModuleType, argv: Sequence[str], log: Path, processes: int = 1
+        self,
+        train: ModuleType,
+        argv: Sequence[str],
+        log: Path,
+        processes: int = 1,
+        prepare: Callable[[int], None] = lambda rank: None,
     ) -> None:
-        self.pids = []
+        self.pids: list[int] = []
+        self.codes: list[int | None] = [None] * processes
         port = str(free_port())
         for rank in range(processes):
             environ = {}
@@ -67,36 +80,57 @@ class Run:
             if pid := os.fork():
                 self.pids.append(pid)
             else:
-                _become(train, argv, log, environ)
+                _become(train, argv, log, environ, lambda rank=rank: prepare(rank))
 
     def kill(self, signum: int = signal.SIGKILL, ranks: Sequence[int] | None = None) -> None:
-        """Send a signal to ranks, or to all."""
+        """Send a signal to ranks, or to all, that have not been seen to end."""
         for rank, pid in enumerate(self.pids):
-            if ranks is None or rank in ranks:
+            if self.codes[rank] is None and (ranks is None or rank in ranks):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signum)
 
-    def wait(self, timeout: float = 120.0) -> list[int]:
-        """Exit codes, minus the signal's number of those that were killed.
+    def poll(self) -> list[int | None]:
+        """See who has ended; `codes`."""
+        for rank, pid in enumerate(self.pids):
+            if self.codes[rank] is None:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                self.codes[rank] = os.waitstatus_to_exitcode(status) if ended else None
+        return self.codes
+
+    def wait(
+        self, timeout: float = 120.0, until: Callable[[list[int | None]], bool] | None = None
+    ) -> list[int | None]:
+        """Wait until all have ended, or until what `until` makes of their exit codes is true.
 
         Raises:
-            TimeoutError: Some did not end in time; they are killed.
+            TimeoutError: It took too long; all are killed.
         """
-        codes: list[int | None] = [None] * len(self.pids)
         deadline = time.monotonic() + timeout
-        while None in codes:
-            for rank, pid in enumerate(self.pids):
-                if codes[rank] is None:
-                    ended, status = os.waitpid(pid, os.WNOHANG)
-                    codes[rank] = os.waitstatus_to_exitcode(status) if ended else None
+        while not (until or all_ended)(self.poll()):
             if time.monotonic() > deadline:
                 self.kill()
-                raise TimeoutError(f"exit codes {codes} after {timeout} s")
-            time.sleep(0.01)
-        return codes
+                raise TimeoutError(f"exit codes {self.codes} after {timeout} s")
+            time.sleep(0.005)
+        return self.codes
 
 
-def _become(train: ModuleType, argv: Sequence[str], log: Path, environ: dict[str, str]) -> None:
+def all_ended(codes: Sequence[int | None]) -> bool:
+    """For `Run.wait`."""
+    return None not in codes
+
+
+def any_ended(codes: Sequence[int | None]) -> bool:
+    """For `Run.wait`."""
+    return any(code is not None for code in codes)
+
+
+def _become(
+    train: ModuleType,
+    argv: Sequence[str],
+    log: Path,
+    environ: dict[str, str],
+    prepare: Callable[[], None],
+) -> None:
     """Run train.py in this (forked) process, and end it."""
     code = 99
     try:
@@ -104,7 +138,7 @@ def _become(train: ModuleType, argv: Sequence[str], log: Path, environ: dict[str
         with open(log, "ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update(environ)
@@ -114,6 +148,7 @@ def _become(train: ModuleType, argv: Sequence[str], log: Path, environ: dict[str
         torch.set_num_threads(1)
         from qna_timm.training.errors import run_cli
 
+        prepare()
         run_cli(lambda: train.main(list(argv)))
     except SystemExit as ended:
         code = ended.code or 0
@@ -128,7 +163,12 @@ def _become(train: ModuleType, argv: Sequence[str], log: Path, environ: dict[str
 
 
 def to_the_end(
-    train: ModuleType, argv: Sequence[str], log: Path, processes: int = 1, timeout: float = 240.0
+    train: ModuleType,
+    argv: Sequence[str],
+    log: Path,
+    processes: int = 1,
+    timeout: float = 240.0,
+    prepare: Callable[[int], None] = lambda rank: None,
 ) -> float:
     """A run that nobody disturbs; seconds that it took.
 
@@ -136,7 +176,7 @@ def to_the_end(
         AssertionError: It failed.
     """
     began = time.monotonic()
-    codes = Run(train, argv, log, processes).wait(timeout)
+    codes = Run(train, argv, log, processes, prepare).wait(timeout)
     assert not any(codes), f"exit codes {codes}: {log.read_text()[-3000:]}"
     return time.monotonic() - began
 
@@ -148,3 +188,8 @@ def contents(folder: Path) -> dict[str, str]:
         for path in sorted(folder.iterdir())
         if path.name not in NOT_COMPARED
     }
+
+
+def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    """Names of files that only one of two folders has, or that are not the same in both."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))

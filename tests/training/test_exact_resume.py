@@ -1,0 +1,85 @@
+"""Runs killed at random instants end, started again, with the bits of runs that nobody killed."""
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from kill_phases import PHASES, Phases
+from kill_trials import CASES, Trials, flags_of, strikes_everywhere
+from killing import Run, contents, differing, load_train
+
+from qna_timm.training.loop import Trainer
+from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, read_state_header
+
+
+@pytest.fixture(scope="module")
+def train() -> ModuleType:
+    return load_train()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_anywhere(train: ModuleType, tmp_path: Path, name: str) -> None:
+    """In each phase once, and at two instants that have nothing to do with phases."""
+    case, rng = CASES[name], random.Random(name)
+    trials = Trials(train, case, tmp_path / "trials")
+    struck = trials.run("struck", strikes_everywhere(case, rng), rng)
+    killed = trials.run("killed", [rng.uniform(0, trials.seconds) for _ in range(2)], rng)
+    for trial in (struck, killed):
+        assert trial.survived, trial.trouble
+        assert trial.differing == []
+    assert dict(struck.kills) == dict.fromkeys(PHASES, 1)
+    assert killed.kills.total() >= 1
+
+
+def stop_after_update() -> None:
+    """This process, in which the run is, gets SIGTERM in the first micro-batch that it computes."""
+    whole = Trainer._forward_backward
+
+    def signalled(self: Trainer, *args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, *args)
+
+    Trainer._forward_backward = signalled
+
+
+def prepared(phases: Phases) -> Callable[[int], None]:
+    def prepare(rank: int) -> None:
+        phases.watch(rank)
+        stop_after_update()
+
+    return prepare
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet, ranks"])
+def test_stopped_and_resumed_after_every_update(
+    train: ModuleType, tmp_path: Path, name: str
+) -> None:
+    case = CASES[name]
+    trials = Trials(train, case, tmp_path / "trials")
+    argv, positions = flags_of(case, trials.output), []
+    for _ in range(20):
+        phases = Phases(train, case.processes)
+        codes = Run(train, argv, trials.log, case.processes, prepared(phases)).wait()
+        if not any(codes):
+            break
+        assert codes == [143] * case.processes, trials.log.read_text()[-3000:]
+        position = read_state_header(trials.output / "run" / STATE_NAME)["position"]
+        positions.append((position["epoch"], position["updates"]))
+    assert positions == [(epoch, update) for epoch in range(3) for update in (1, 2, 3, 4)]
+    # it was saved elsewhere last but once
+    elsewhere = {PREVIOUS_NAME}
+    assert set(differing(trials.expected, contents(trials.output / "run"))) <= elsewhere
