@@ -30,12 +30,13 @@ from qna_timm.training.control import Control
 from qna_timm.training.distributed import (
     Processes,
     decide_on_primary,
+    first_to_tell,
     join_processes,
     leave_processes,
     lost_connection,
 )
 from qna_timm.training.elastic import keep_plan
-from qna_timm.training.errors import RunFailed, run_cli
+from qna_timm.training.errors import RunFailed, UsageError, run_cli
 from qna_timm.training.exactness import check_exact
 from qna_timm.training.holdout import check_same_holdout
 from qna_timm.training.intervals import parse_duration, parse_interval
@@ -95,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return leave(stopped, processes)
         except Stopped as stopped:
             return leave(stopped, processes)
+        except UsageError as error:
+            first = first_to_tell()
+            error.told = None if first is None else not first
+            raise
         except Exception as error:
             if (reason := lost_connection(error)) is None:
                 raise
@@ -175,24 +180,45 @@ def start(
         decide_on_primary(processes, lambda: report.make_folder(folder))
         if not is_there:
             decide_on_primary(processes, lambda: stack.enter_context(lock) and None)
+        if state_path is None:
+            decide_on_primary(processes, lambda: check_still_new(folder))
         if processes.is_primary:
             log.to_file(folder / report.LOG_NAME, writes)
             _logger.info("run folder %s", folder)
             if state is not None and state["args"]["eval_metric"] == args.eval_metric:
-                saver.adopt(state["saver"], state_path.parent)
-            with writes.trying(report.ARGS_NAME):
-                report.write_args(folder, as_recipe(args))
-            with writes.trying(report.ENVIRONMENT_NAME):
-                report.write_environment(folder, report.environment(processes, command))
-            with writes.trying("trackers"):
-                first = session.position.epoch
-                session.trackers = report.Trackers(args, folder, as_yaml_dict(args), first)
-            run.trainer.image_folder = folder if args.save_images else None
-            run.draws = curves.can_draw()
+                with writes.trying("best weights"):
+                    saver.adopt(state["saver"], state_path.parent)
+            begin_writing(session, command)
         signals.defer()
         control.stop_if_asked()
         train(session)
     return WRITE_FAILED if writes.failed else 0
+
+
+def check_still_new(folder: Path) -> None:
+    """See that no other run has ended in a run's folder between its choice and its lock.
+
+    Raises:
+        UsageError: One has.
+    """
+    if state_in(folder) is not None:
+        raise UsageError(f"{folder}: another run has saved here meanwhile; start again")
+
+
+def begin_writing(session: Session, command: Sequence[str]) -> None:
+    """What the first process writes into the folder before it trains."""
+    run, folder, writes = session.run, session.folder, session.writes
+    args, position = run.args, session.position
+    environment = report.environment(run.processes, command)
+    writes.keep_trying(report.ARGS_NAME, lambda: report.write_args(folder, as_recipe(args)))
+    writes.keep_trying(
+        report.ENVIRONMENT_NAME, lambda: report.write_environment(folder, environment)
+    )
+    with writes.trying(report.NONFINITE_NAME):
+        report.cut_nonfinite(folder, position.epoch, position.updates)
+    session.trackers = report.Trackers(args, folder, as_yaml_dict(args), position.epoch)
+    run.trainer.image_folder = folder if args.save_images else None
+    run.draws = curves.can_draw()
 
 
 def saved_header(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -236,7 +262,8 @@ def train(session: Session) -> None:
         raise
     finally:
         if session.trackers is not None:
-            session.trackers.close()
+            with session.writes.trying("trackers"):
+                session.trackers.close()
     if run.processes.is_primary:
         conclude(args, session.saver, session.rows)
 

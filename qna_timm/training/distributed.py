@@ -166,6 +166,19 @@ def leave_processes() -> None:
         closing.join(LEAVE_SECONDS)
 
 
+def first_to_tell() -> bool | None:
+    """Whether this process is the first of its run to ask; None where nobody can say.
+
+    What befalls all processes is so told once, and what befalls one alone is told by it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    try:
+        return dist.distributed_c10d._get_default_store().add("told", 1) == 1
+    except RuntimeError:  # who keeps the count is gone, and has told
+        return False
+
+
 def lost_connection(error: BaseException) -> str | None:
     """Say in one line that other processes are gone, if that is what an exception means.
 

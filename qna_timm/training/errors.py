@@ -14,7 +14,12 @@ class UsageError(Exception):
 
     The message names the flag, key, file or shape, what was found and what would be right.
     `run_cli` turns it into exit code 2 without a traceback.
+
+    Attributes:
+        told: Whether another process has told it; None where the first process tells.
     """
+
+    told: bool | None = None
 
 
 class RunFailed(Exception):
@@ -56,7 +61,7 @@ def closest(name: str, candidates: Iterable[str], n: int = 3) -> str:
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with its code.
 
-    A `UsageError` is printed as one line by rank 0 and ends every rank with exit code 2. A
+    A `UsageError` is printed as one line, once, and ends every rank with exit code 2. A
     `RunFailed`, which may befall one rank alone, is printed by every rank that it befalls and ends
     it with exit code 1. Anything else keeps its traceback: it is a defect of ours, not of the
     user's.
@@ -64,7 +69,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except UsageError as error:
-        if _rank() in (None, 0):
+        told = _rank() not in (None, 0) if error.told is None else error.told
+        if not told:
             _print_line("error", error)
         code = 2
     except RunFailed as error:

@@ -36,6 +36,7 @@ from qna_timm.training.sampling import seed_shard
 from qna_timm.training.signals import StopSignals
 from qna_timm.training.task import TrainTask
 from qna_timm.training.views import class_names_of
+from qna_timm.training.writes import Writes
 
 # Updates left out in a row before the run ends all the same.
 MOST_SKIPPED = 10
@@ -76,6 +77,8 @@ class Trainer:
         num_updates: Updates since the run began.
         mean: Losses of the epoch so far.
         skipped: Updates of the epoch so far that were left out.
+        skipped_in_a_row: How many of the run's last updates were.
+        writes: Told of pictures that cannot be written.
         on_skip: Told of each.
     """
 
@@ -103,7 +106,8 @@ class Trainer:
         self.mean = LossMean(processes.device)
         self.skipped = 0
         self.on_skip: Callable[[NonFinite], None] = lambda bad: None
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
+        self.writes = Writes()
         self.buffers = BufferKeeper(unwrap_model(task.get_trainable_module()))
         # As the flags made them: a resumed run tells from these what was changed meanwhile.
         self.settings = [
@@ -176,7 +180,8 @@ class Trainer:
                         self._update(group)
                     group = []
                 if self.image_folder is not None and number % args.log_interval == 0:
-                    save_images(input, self.image_folder / f"train-batch-{number}.jpg")
+                    with self.writes.trying("images of batches"):
+                        save_images(input, self.image_folder / f"train-batch-{number}.jpg")
                 progress.update(
                     len(input) * self.processes.world_size,
                     **losses,
@@ -197,7 +202,9 @@ class Trainer:
 
     def _is_bad(self, group: Sequence[MicroBatch]) -> Tensor:
         """Whether a loss, or a gradient that no loss scaler watches, is not finite."""
-        scaled = self.precision.scaler.is_enabled()
+        scaler = self.precision.scaler
+        # Below 1 it is not the scale that makes them overflow.
+        scaled = scaler.is_enabled() and scaler.get_scale() >= 1
         parameters = () if scaled else self.task.get_trainable_module().parameters()
         losses = [value for micro in group for value in micro.losses.values()]
         return ~all_finite(parameters, losses)
@@ -252,8 +259,8 @@ class Trainer:
         update = group[0].number // self.args.grad_accum_steps
         faults = self._find_faults(loader, epoch, group, last)
         bad = NonFinite(epoch, update, faults, self.processes.world_size)
-        self._skipped_in_a_row += 1
-        if self.args.on_nonfinite != "skip" or self._skipped_in_a_row > MOST_SKIPPED:
+        self.skipped_in_a_row += 1
+        if self.args.on_nonfinite != "skip" or self.skipped_in_a_row > MOST_SKIPPED:
             raise bad
         self.on_skip(bad)
         self.skipped += 1
@@ -312,7 +319,7 @@ class Trainer:
     def _update(self, group: Sequence[MicroBatch]) -> None:
         """Clip, step, and everything that follows a step."""
         args, scaler = self.args, self.precision.scaler
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
         if args.clip_grad is not None:
             scaler.unscale_(self.optimizer)
             parameters = self.task.get_clip_parameters(exclude_head=args.clip_mode == "agc")

@@ -3,8 +3,11 @@
 import argparse
 import csv
 import datetime
+import errno
 import json
 import logging
+import math
+import os
 import platform
 import re
 import socket
@@ -261,10 +264,45 @@ def _write_table(path: Path, columns: list[str], rows: Sequence[Mapping[str, Any
         writer.writerows(rows)
 
 
-def append_line(path: Path, text: str) -> None:
-    """Add a line to a text file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(f"{text}\n")
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Add lines to a text file, all or none."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            content = "".join(f"{line}\n" for line in lines).encode()
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def cut_nonfinite(folder: Path, epoch: int, update: int) -> None:
+    """Drop from nonfinite.jsonl what a run has met that goes on from before it.
+
+    Args:
+        folder: The run folder.
+        epoch: That the run goes on in, from 0.
+        update: That it goes on with.
+    """
+    path = folder / NONFINITE_NAME
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _place_of(line) < (epoch, update)]
+    if not kept:
+        path.unlink()
+    elif len(kept) < len(lines):
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _place_of(record: str) -> tuple[float, float]:
+    """Epoch and update of a line of nonfinite.jsonl; of half a line what is never before."""
+    try:
+        place = json.loads(record)
+        return place["epoch"], place["update"]
+    except (ValueError, LookupError, TypeError):
+        return math.inf, math.inf
 
 
 class Trackers:
@@ -285,10 +323,9 @@ class Trackers:
         first_epoch: int,
     ) -> None:
         self._board = self._wandb = None
-        if args.log_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+        self._board_folder = folder / "tensorboard" if args.log_tensorboard else None
+        self._first_epoch = first_epoch
+        self._waiting: list[dict[str, Any]] = []
         if args.log_wandb:
             import wandb
 
@@ -302,18 +339,36 @@ class Trackers:
             )
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Log one row of the summary."""
+        """Log one row of the summary, and those before it that could not be written.
+
+        Raises:
+            OSError: TensorBoard's file cannot be written; the next row tries again.
+        """
         row = dict(row)
         spans = span_scalars(row.pop("spans", {}))
-        if self._board is not None:
-            for key, value in row.items():
-                if key != "epoch":
-                    self._board.add_scalar(key.replace("_", "/", 1), value, row["epoch"])
-            for key, value in spans.items():
-                self._board.add_scalar(key, value, row["epoch"])
-            self._board.flush()
         if self._wandb is not None:
             self._wandb.log({**row, **spans})
+        if self._board_folder is not None:
+            columns = {key.replace("_", "/", 1): value for key, value in row.items()}
+            del columns["epoch"]
+            self._waiting.append({"epoch": row["epoch"], **columns, **spans})
+            self._log_to_board()
+
+    def _log_to_board(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board, self._board = self._board, None  # one that has failed once fails for good
+        if board is None:
+            folder = str(self._board_folder)
+            first = max(self._first_epoch, self._waiting[0]["epoch"])
+            board = SummaryWriter(folder, purge_step=first)
+        for row in self._waiting:
+            for key, value in row.items():
+                if key != "epoch":
+                    board.add_scalar(key, value, row["epoch"])
+        board.flush()
+        self._board = board
+        self._waiting.clear()
 
     def close(self) -> None:
         """Finish writing."""

@@ -62,6 +62,7 @@ def collect_state(trainer: Trainer, position: Position, extra: Mapping[str, Any]
         "position": position._asdict(),
         "num_updates": trainer.num_updates,
         "skipped": trainer.skipped,
+        "skipped_in_a_row": trainer.skipped_in_a_row,
         "model": unwrap_model(task.get_trainable_module()).state_dict(),
         "task": task.get_task_state(),
         "ema": None if ema is None else unwrap_model(ema).state_dict(),
@@ -126,6 +127,7 @@ def restore(
         _logger.warning("%s has no averaged weights: the average starts at its weights", path)
     _restore_own(trainer, state)
     trainer.num_updates, trainer.skipped = state["num_updates"], state["skipped"]
+    trainer.skipped_in_a_row = state.get("skipped_in_a_row", 0)
     if with_optimizer:
         _restore_optimizer(trainer, state, path)
         trainer.precision.scaler.load_state_dict(state["scaler"])

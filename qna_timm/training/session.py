@@ -35,6 +35,9 @@ from qna_timm.training.writes import Writes
 # where a batch takes milliseconds.
 _POLL_BATCHES = {"cpu": 1}
 _POLL_BATCHES_ELSEWHERE = 10
+# What may fail to be written, for the log.
+WEIGHTS, SPANS = "weights", "spans"
+_OF_EPOCHS = (WEIGHTS, SPANS, report.SUMMARY_NAME, report.CURVES_NAME)
 # Times in a row that a run goes back to its saved state.
 _MOST_REWINDS = 10
 
@@ -67,7 +70,10 @@ class Session:
         self._bad_images: list[dict[str, Any]] = []
         self.saved: Position | None = None
         self._rewinds = 0
+        self._records: list[str] = []  # of updates that were not made, to be written
+        self._epoch_written = True
         run.trainer.on_skip = self.record
+        run.trainer.writes = writes
 
     def restore(self, state: Mapping[str, Any], path: Path) -> None:
         """Go on from a saved state.
@@ -79,6 +85,7 @@ class Session:
         position = resume.restore(trainer, state, path, with_optimizer=not args.no_resume_opt)
         self.position = self._in_own_updates(position, state.get("plan"))
         self.rows, self._bad_images = list(state["rows"]), list(state["bad_images"])
+        self._epoch_written = state.get("epoch_written", True)
         if path.parent.resolve() == self.folder.resolve():
             self.saved = self.position
         _logger.info("resumed %s after %s", path, self.position)
@@ -109,6 +116,10 @@ class Session:
             RunFailed: The run cannot go on from what was last saved, which of a loss that is not
                 finite is the state before its update.
         """
+        if not self._epoch_written and self.position == Position(self.position.epoch):
+            self._save_epoch()
+        if self.run.args.on_nonfinite == "rewind" and self.saved is None:
+            self.save_state()  # there has to be something to go back to
         while self.position.epoch < stop:
             if not self.position.updates and stops_early(self.run.args, self.rows):
                 return
@@ -120,6 +131,7 @@ class Session:
     def _obey(self, decision: Decision) -> None:
         """Save and stop, as the processes have decided."""
         if (decision.save or decision.signum) and self.saved != self.position:
+            self.writes.retry()
             self.save_state()
         if decision.signum:
             raise Stopped(decision.signum)
@@ -187,8 +199,12 @@ class Session:
         """Say what was not finite, and write it down."""
         _logger.warning("%s", bad)
         if self.run.processes.is_primary:
-            with self.writes.trying(report.NONFINITE_NAME):
-                report.append_line(self.folder / report.NONFINITE_NAME, bad.as_json())
+            self._records.append(bad.as_json())
+            self.writes.keep_trying(report.NONFINITE_NAME, self._write_records)
+
+    def _write_records(self) -> None:
+        report.append_lines(self.folder / report.NONFINITE_NAME, self._records)
+        self._records.clear()
 
     def _go_on_behind(self, bad: NonFinite) -> int:
         """Weights of the last saved state, for the updates behind the bad one.
@@ -201,12 +217,14 @@ class Session:
         """
         run, trainer = self.run, self.run.trainer
         path = self.folder / STATE_NAME
-        if run.args.on_nonfinite != "rewind" or self._rewinds == _MOST_REWINDS:
+        can_rewind = self.saved is not None and self._rewinds < _MOST_REWINDS
+        if run.args.on_nonfinite != "rewind" or not can_rewind:
+            before = trainer.skipped_in_a_row - 1 if run.args.on_nonfinite == "skip" else 0
+            trainer.skipped_in_a_row = 0
             self.position = Position(bad.epoch, bad.update)
             self.save_state()
-            raise RunFailed(str(bad), everywhere=True)
-        if self.saved is None:
-            raise RunFailed(f"{bad}; there is no saved state to go back to", everywhere=True)
+            text = f"{bad}; the {before} updates before it were left out" if before else str(bad)
+            raise RunFailed(text, everywhere=True)
         self._rewinds += 1
         path = decide_on_primary(run.processes, lambda: whole_state(path))
         state = load_state(path)
@@ -272,16 +290,17 @@ class Session:
             metrics = {key[5:]: value for key, value in rows[-1].items() if key.startswith("eval_")}
             model, ema = task.get_trainable_module(), task.get_trainable_module(ema=True)
             title = folder.name if run.draws else None
-            with writes.trying("weights"):
+            with writes.trying(WEIGHTS):
                 updates = run.trainer.num_updates
                 self.saver.save(rows[-1]["epoch"], model, ema, metrics, update=updates)
-            with writes.trying(report.SUMMARY_NAME):
-                report.write_summary(folder, rows)
+            tables = {report.SUMMARY_NAME: lambda: report.write_summary(folder, rows)}
             if run.draws:
-                with writes.trying(report.CURVES_NAME):
-                    curves.draw_curves(rows, folder / report.CURVES_NAME, folder.name)
-            with writes.trying("spans"):
-                write_spans(folder, rows, title)
+                picture = folder / report.CURVES_NAME
+                tables[report.CURVES_NAME] = lambda: curves.draw_curves(rows, picture, folder.name)
+            tables[SPANS] = lambda: write_spans(folder, rows, title)
+            for name, write in tables.items():
+                writes.keep_trying(name, write, now=False)
+            writes.retry()
         self.save_state()
         if self.trackers is not None:
             with writes.trying("trackers"):
@@ -301,6 +320,7 @@ class Session:
                 "metadata": run.metadata,
                 "plan": run.plan and run.plan._asdict(),
                 "bad_images": self._bad_images,
+                "epoch_written": self.writes.missing.isdisjoint(_OF_EPOCHS),
                 **run.identity,
             },
         )

@@ -1,7 +1,7 @@
 """Writes that may fail without ending the run: said at once, tried again, told by the exit code."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _logger = logging.getLogger(__name__)
@@ -17,6 +17,7 @@ class Writes:
     def __init__(self) -> None:
         self._failed: dict[str, None] = {}
         self._missing: set[str] = set()
+        self._waiting: dict[str, Callable[[], None]] = {}
 
     @property
     def failed(self) -> list[str]:
@@ -42,6 +43,22 @@ class Writes:
             if name in self._missing:
                 self._missing.remove(name)
                 _logger.info("%s: written again", name)
+
+    def keep_trying(self, name: str, write: Callable[[], None], *, now: bool = True) -> None:
+        """Write `name` now (or not yet) or, as long as the system cannot, at each `retry`."""
+        self._waiting[name] = write
+        if now:
+            self._try(name, write)
+
+    def retry(self) -> None:
+        """Write what waits in `keep_trying`."""
+        for name, write in list(self._waiting.items()):
+            self._try(name, write)
+
+    def _try(self, name: str, write: Callable[[], None]) -> None:
+        with self.trying(name):
+            write()
+            del self._waiting[name]
 
     def report(self, name: str, error: OSError) -> None:
         """Note and say that `name` could not be written."""
