@@ -130,6 +130,20 @@ class RunLock:
         self._file = None
 
 
+def holder(folder: Path) -> str | None:
+    """Which run has a folder, in words; None if none has. Nothing there is changed."""
+    try:
+        file = os.open(folder / LOCK_NAME, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        return None if _try_lock(file) else _describe(_read(file))
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+
+
 def _try_lock(file: int) -> bool:
     """Lock an open file for this process; False if another process has it locked."""
     try:

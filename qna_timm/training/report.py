@@ -25,6 +25,7 @@ import qna_timm
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
 from qna_timm.training.files import replacing
+from qna_timm.training.lock import holder
 from qna_timm.training.names import model_label
 from qna_timm.training.span_report import span_scalars
 from qna_timm.training.state_files import STATE_NAME, find_state, state_in
@@ -93,6 +94,8 @@ def _new_folder(args: argparse.Namespace, image_size: Sequence[int]) -> Path:
         folder = output / args.experiment
         # A hidden file is the lock of a run that was killed before it wrote anything.
         if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            if (run := holder(folder)) is not None:
+                raise UsageError(f"--experiment {args.experiment}: {folder} is in use by {run}")
             raise UsageError(
                 f"--experiment {args.experiment}: {folder} holds a run already; --resume auto goes"
                 " on with it, another name starts a new one"

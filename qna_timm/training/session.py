@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from timm.scheduler import PlateauLRScheduler
 from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -219,11 +220,14 @@ class Session:
         path = self.folder / STATE_NAME
         can_rewind = self.saved is not None and self._rewinds < _MOST_REWINDS
         if run.args.on_nonfinite != "rewind" or not can_rewind:
-            before = trainer.skipped_in_a_row - 1 if run.args.on_nonfinite == "skip" else 0
+            text = str(bad)
+            if run.args.on_nonfinite == "skip":
+                text += f"; the {trainer.skipped_in_a_row - 1} updates before it were left out"
+            elif self._rewinds:
+                text += f"; gone back {self._rewinds} times since the last save"
             trainer.skipped_in_a_row = 0
             self.position = Position(bad.epoch, bad.update)
             self.save_state()
-            text = f"{bad}; the {before} updates before it were left out" if before else str(bad)
             raise RunFailed(text, everywhere=True)
         self._rewinds += 1
         path = decide_on_primary(run.processes, lambda: whole_state(path))
@@ -235,7 +239,8 @@ class Session:
         trainer.skipped = skipped + 1
         if (schedule := trainer.schedule) is not None:
             schedule.step_update(bad.epoch * self._updates_per_epoch() + bad.update + 1)
-            schedule.step(bad.epoch)
+            if not isinstance(schedule, PlateauLRScheduler):  # which would count it as an epoch
+                schedule.step(bad.epoch)
         _logger.warning("gone back to the weights of %s", path)
         return bad.update + 1
 
