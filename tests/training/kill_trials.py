@@ -49,7 +49,9 @@ CASES = {
     "resnet, workers": Case(f"--model test_resnet {EVERYTHING} -j 2 --clip-grad 1"),
     # Without broadcasts every rank has running statistics of its own.
     "resnet, ranks": Case(f"--model test_resnet {EVERYTHING} --no-ddp-bb --grad-accum-steps 2", 2),
-    "spans": Case("--model test_spans --model-ema --sched plateau --patience-epochs 0"),
+    "spans": Case(
+        "--model test_spans --model-ema --sched plateau --patience-epochs 0 --warmup-epochs 0"
+    ),
 }
 
 
@@ -70,14 +72,14 @@ class Trial:
 
     Attributes:
         kills: By phase that the first of its processes to die was in.
-        late: Runs that had ended before they were to be killed.
+        late: Whether a start ran to its end before it was to be killed; then no more are made.
         survived: Whether the last start ran to its end.
         differing: Files that are not those of the run that nobody killed.
         trouble: What was wrong, for the eye.
     """
 
     kills: Counter[str] = field(default_factory=Counter)
-    late: int = 0
+    late: bool = False
     survived: bool = False
     differing: list[str] = field(default_factory=list)
     trouble: str = ""
@@ -113,7 +115,7 @@ class Trials:
         self._put_away("straight")
 
     def run(self, name: str, ends: Sequence[Strike | float], rng: random.Random) -> Trial:
-        """Start as often as there are `ends`, then once more to the end, and compare.
+        """Start as often as there are `ends`, or until done, then once more, and compare.
 
         Args:
             name: Of the trial; its folder stays there if it is not identical.
@@ -126,6 +128,8 @@ class Trials:
         try:
             for end in ends:
                 self._start_and_end(end, rng, trial)
+                if trial.late:
+                    break
             self._run_to_the_end()
             trial.survived = True
             trial.differing = self._differing()
@@ -161,7 +165,7 @@ class Trials:
         if codes[first] == -9:
             trial.kills[phases.of(first)] += 1
         elif not any(codes):
-            trial.late += 1
+            trial.late = True
         else:
             raise AssertionError(f"exit codes {codes}: {self.log.read_text()[-3000:]}")
 

@@ -133,7 +133,7 @@ class Stress:
         numbers = [
             number
             for number, name in enumerate(names, 1)
-            if name not in ("read", "write") or self.rng.random() < 0.2
+            if name not in ("read", "write") or self.rng.random() < 0.1
         ]
         for what, fault, codes in (
             ("killed", _kill_self, [-signal.SIGKILL]),
