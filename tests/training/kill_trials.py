@@ -170,12 +170,8 @@ class Trials:
             raise AssertionError(f"exit codes {codes}: {self.log.read_text()[-3000:]}")
 
     def _choose_processes(self, rng: random.Random) -> int:
-        there = state_in(self.output / "run") is not None
-        return (
-            rng.randint(1, self.case.processes)
-            if self.case.elastic and there
-            else self.case.processes
-        )
+        elastic = self.case.elastic and state_in(self.output / "run") is not None
+        return rng.randint(1, self.case.processes) if elastic else self.case.processes
 
     def _differing(self) -> list[str]:
         found = differing(self.expected, contents(self.output / "run"))

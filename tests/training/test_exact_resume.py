@@ -42,7 +42,6 @@ def test_killed_anywhere(train: ModuleType, tmp_path: Path, name: str) -> None:
         assert trial.survived, trial.trouble
         assert trial.differing == []
     assert dict(struck.kills) == dict.fromkeys(PHASES, 1)
-    assert killed.kills.total() >= 1
 
 
 def stop_after_update() -> None:
