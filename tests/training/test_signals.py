@@ -252,6 +252,14 @@ def caught_signals(pid: int) -> int:
     return int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
 
 
+IMPATIENT = f"""
+import runpy
+from qna_timm.training import signals
+signals._PATIENCE = 1.0
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
 def test_waiting_for_processes_that_never_come() -> None:
     """PyTorch waits outside Python, where no handler runs; here for half an hour."""
@@ -259,7 +267,7 @@ def test_waiting_for_processes_that_never_come() -> None:
     for rank in "01":
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         with open(rank, "w") as log:
-            command = [sys.executable, str(ROOT / "train.py"), *flags("--dist-timeout", "30m")]
+            command = [sys.executable, "-c", IMPATIENT, *flags("--dist-timeout", "30m")]
             environ = environment(**launched, MASTER_PORT=str(free_port()))
             waiting.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log))
     for rank, process in enumerate(waiting):
