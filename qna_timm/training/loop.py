@@ -108,6 +108,7 @@ class Trainer:
         self.on_skip: Callable[[NonFinite], None] = lambda bad: None
         self.skipped_in_a_row = 0
         self.writes = Writes()
+        self._scale = 1.0  # of the loss, as the host knows it
         self.buffers = BufferKeeper(unwrap_model(task.get_trainable_module()))
         # As the flags made them: a resumed run tells from these what was changed meanwhile.
         self.settings = [
@@ -150,6 +151,7 @@ class Trainer:
         if not start:
             self.mean.clear()
             self.skipped = 0
+        self._scale = self.precision.scaler.get_scale()
         self._set_mixing(loader, epoch)
         self.task.get_trainable_module().train()
         self.optimizer.zero_grad()
@@ -202,9 +204,8 @@ class Trainer:
 
     def _is_bad(self, group: Sequence[MicroBatch]) -> Tensor:
         """Whether a loss, or a gradient that no loss scaler watches, is not finite."""
-        scaler = self.precision.scaler
         # Below 1 it is not the scale that makes them overflow.
-        scaled = scaler.is_enabled() and scaler.get_scale() >= 1
+        scaled = self.precision.scaler.is_enabled() and self._scale >= 1
         parameters = () if scaled else self.task.get_trainable_module().parameters()
         losses = [value for micro in group for value in micro.losses.values()]
         return ~all_finite(parameters, losses)
@@ -324,13 +325,14 @@ class Trainer:
             scaler.unscale_(self.optimizer)
             parameters = self.task.get_clip_parameters(exclude_head=args.clip_mode == "agc")
             dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
-        scale = scaler.get_scale()
+        scale = self._scale
         scaler.step(self.optimizer)
         scaler.update()
+        self._scale = scaler.get_scale()
         self.optimizer.zero_grad()
         self.num_updates += 1
         # A scale that fell says that gradients were not finite and the step was left out.
-        if scaler.get_scale() >= scale:
+        if self._scale >= scale:
             self.task.post_step()
             self.task.update_ema(step=self.num_updates)
         if args.synchronize_step and self.processes.device.type != "cpu":
