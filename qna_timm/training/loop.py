@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,6 +34,7 @@ from qna_timm.training.progress import Progress
 from qna_timm.training.sampling import seed_shard
 from qna_timm.training.signals import StopSignals
 from qna_timm.training.task import TrainTask
+from qna_timm.training.updates import group_of, num_batches, num_updates
 from qna_timm.training.views import class_names_of
 from qna_timm.training.writes import Writes
 
@@ -109,6 +109,8 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.writes = Writes()
         self._scale = 1.0  # of the loss, as the host knows it
+        self._group: list[MicroBatch] = []
+        self._unnamed = False
         self.buffers = BufferKeeper(unwrap_model(task.get_trainable_module()))
         # As the flags made them: a resumed run tells from these what was changed meanwhile.
         self.settings = [
@@ -147,17 +149,7 @@ class Trainer:
         """
         args, total = self.args, num_batches(self.args, len(loader))
         first = min(start * args.grad_accum_steps, total)
-        self.num_updates = epoch * num_updates(self.args, len(loader)) + start
-        if not start:
-            self.mean.clear()
-            self.skipped = 0
-        self._scale = self.precision.scaler.get_scale()
-        self._set_mixing(loader, epoch)
-        self.task.get_trainable_module().train()
-        self.optimizer.zero_grad()
-        # Data that does not name its classes is only now seen to have too many for the model.
-        unnamed = hasattr(loader, "dataset") and class_names_of(loader.dataset) is None
-        group: list[MicroBatch] = []
+        self._begin_epoch(loader, epoch, start)
         with Progress(
             total,
             label,
@@ -165,36 +157,70 @@ class Trainer:
             enabled=self.processes.is_primary,
             start_step=first,
         ) as progress:
-            for number, (input, target) in enumerate(_batches(loader, first, total), first):
-                if unnamed and target.ndim == 1:  # mixing in the loader makes soft targets
-                    check_labels(target, self.task.num_classes)
+            for number, batch in enumerate(_batches(loader, first, total), first):
                 size, closes = group_of(number, total, args.grad_accum_steps)
-                if not group:
-                    self.buffers.keep()
-                self._seed(epoch, number)
-                losses = self._forward_backward(input, target, size, closes)
-                group.append(MicroBatch(number, len(input), closes, losses))
-                if closes:
-                    decision = self.control.decide(self._is_bad(group))
-                    if decision.bad:
-                        self._refuse(loader, epoch, group, (input, target))
-                    else:
-                        self._update(group)
-                    group = []
+                losses = self._add_batch(loader, epoch, number, batch, size, closes)
+                decision = self._close_group(loader, epoch, batch) if closes else None
                 if self.image_folder is not None and number % args.log_interval == 0:
                     with self.writes.trying("images of batches"):
-                        save_images(input, self.image_folder / f"train-batch-{number}.jpg")
+                        save_images(batch[0], self.image_folder / f"train-batch-{number}.jpg")
                 progress.update(
-                    len(input) * self.processes.world_size,
+                    len(batch[0]) * self.processes.world_size,
                     **losses,
                     lr=current_lr(self.optimizer),
                 )
-                if closes and (decision.save or decision.signum):
+                if decision is not None and (decision.save or decision.signum):
                     between(number // args.grad_accum_steps + 1, decision)
         if hasattr(self.optimizer, "sync_lookahead"):
             self.optimizer.sync_lookahead()
             self.task.post_step()
         return self.mean.compute(self.processes)
+
+    def _begin_epoch(self, loader: ImageLoader, epoch: int, start: int) -> None:
+        """Counters and modes as they are after `start` updates of an epoch."""
+        self.num_updates = epoch * num_updates(self.args, len(loader)) + start
+        if not start:
+            self.mean.clear()
+            self.skipped = 0
+        self._group = []
+        # Data that does not name its classes is only now seen to have too many for the model.
+        self._unnamed = hasattr(loader, "dataset") and class_names_of(loader.dataset) is None
+        self._scale = self.precision.scaler.get_scale()
+        self._set_mixing(loader, epoch)
+        self.task.get_trainable_module().train()
+        self.optimizer.zero_grad()
+
+    def _add_batch(
+        self,
+        loader: ImageLoader,
+        epoch: int,
+        number: int,
+        batch: tuple[Tensor, Tensor],
+        size: int,
+        closes: bool,
+    ) -> dict[str, Tensor]:
+        """Add a micro-batch's share to the gradients of its group; its losses, on the device."""
+        input, target = batch
+        if self._unnamed and target.ndim == 1:  # mixing in the loader makes soft targets
+            check_labels(target, self.task.num_classes)
+        if not self._group:
+            self.buffers.keep()
+        self._seed(epoch, number)
+        losses = self._forward_backward(input, target, size, closes)
+        self._group.append(MicroBatch(number, len(input), closes, losses))
+        return losses
+
+    def _close_group(
+        self, loader: ImageLoader, epoch: int, last: tuple[Tensor, Tensor]
+    ) -> Decision:
+        """Make the update of a group, or leave it out if some process has found it bad."""
+        group, self._group = self._group, []
+        decision = self.control.decide(self._is_bad(group))
+        if decision.bad:
+            self._refuse(loader, epoch, group, last)
+        else:
+            self._update(group)
+        return decision
 
     def _seed(self, epoch: int, number: int) -> None:
         """Make what is drawn for a micro-batch a function of its place in the run."""
@@ -342,31 +368,6 @@ class Trainer:
         for micro in group:
             self.mean.add(micro.losses, micro.images)
         self.control.count_update()
-
-
-def num_batches(args: argparse.Namespace, loader_batches: int) -> int:
-    """Batches of one epoch: the loader's, or what ``--max-steps`` updates take."""
-    if args.max_steps is None:
-        return loader_batches
-    return min(loader_batches, args.max_steps * args.grad_accum_steps)
-
-
-def num_updates(args: argparse.Namespace, loader_batches: int) -> int:
-    """Updates of one epoch; the last may be of fewer batches."""
-    return math.ceil(num_batches(args, loader_batches) / args.grad_accum_steps)
-
-
-def group_of(number: int, batches: int, accumulation: int) -> tuple[int, bool]:
-    """Size of the group that a micro-batch is accumulated in, and whether it closes it.
-
-    Args:
-        number: Of the micro-batch in the epoch.
-        batches: Of the epoch.
-        accumulation: Batches of a whole group; the epoch's last has what is left.
-    """
-    start = number - number % accumulation
-    size = min(accumulation, batches - start)
-    return size, number + 1 == start + size
 
 
 def _batches(loader: ImageLoader, first: int, total: int) -> Iterable[tuple[Tensor, Tensor]]:

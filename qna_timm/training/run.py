@@ -34,7 +34,7 @@ from qna_timm.training.data_print import fingerprint
 from qna_timm.training.distributed import Processes
 from qna_timm.training.exactness import versions
 from qna_timm.training.gramian_task import GramianTask, has_branches
-from qna_timm.training.loop import Trainer, num_updates
+from qna_timm.training.loop import Trainer
 from qna_timm.training.names import model_label
 from qna_timm.training.optim import create_optimizer, create_schedule, learning_rate
 from qna_timm.training.precision import Precision
@@ -42,6 +42,7 @@ from qna_timm.training.shards import ShardPlan, plan_shards
 from qna_timm.training.span_task import DEFAULT_PENALTY, SpanTask, has_spans
 from qna_timm.training.task import TrainTask, create_loss, create_mixup
 from qna_timm.training.tta import AveragedViews
+from qna_timm.training.updates import num_updates
 
 # PyTorch's new name for sending buffers out at each step, and the old one.
 BUFFERS_FLAG = next(

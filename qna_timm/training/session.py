@@ -18,7 +18,6 @@ from qna_timm.training.distributed import decide_on_primary, gather_to_primary
 from qna_timm.training.early_stop import stops_early
 from qna_timm.training.errors import RunFailed
 from qna_timm.training.evaluation import evaluate
-from qna_timm.training.loop import num_updates
 from qna_timm.training.nonfinite import NonFinite
 from qna_timm.training.optim import current_lr
 from qna_timm.training.progress import Progress
@@ -30,6 +29,7 @@ from qna_timm.training.shards import ShardPlan
 from qna_timm.training.signals import Stopped
 from qna_timm.training.span_report import span_lines, write_spans
 from qna_timm.training.state_files import STATE_NAME, load_state, save_state, whole_state
+from qna_timm.training.updates import num_updates
 from qna_timm.training.writes import Writes
 
 # Batches of an evaluation between two looks at signals: a reduction costs more than it is worth

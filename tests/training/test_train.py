@@ -37,6 +37,7 @@ from qna_timm.training.signals import Stopped, StopSignals
 from qna_timm.training.state_files import load_state
 from qna_timm.training.task import TrainTask, create_loss
 from qna_timm.training.tta import AveragedViews
+from qna_timm.training.updates import num_updates
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -152,7 +153,7 @@ def test_number_of_updates(
     argv = ["--grad-accum-steps", str(accumulation)]
     argv += ["--max-steps", str(max_steps)] if max_steps else []
     trainer, args = trainer_for(linear(), *argv)
-    assert loop.num_updates(args, count) == updates
+    assert num_updates(args, count) == updates
     trainer.train_epoch(batches(count), 0, "train")
     assert trainer.num_updates == updates
     trainer.train_epoch(batches(count), 5, "train")
