@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_killed_anywhere(train: ModuleType, tmp_path: Path, name: str) -> None:
-    """In each phase once; in some cases also at two instants that have nothing to do with phases."""
+    """In each phase once; in some cases also at two instants that ignore phases."""
     case, rng = CASES[name], random.Random(name)
     trials = Trials(train, case, tmp_path / "trials")
     struck = trials.run("struck", strikes_everywhere(case, rng), rng)
