@@ -38,7 +38,7 @@ MB, GB, MS, US = 1e6, 1e9, 1e-3, 1e-6
 WORKLOADS = {
     "qna_vit_tiny, 128 images": (15.72e6, 128 / 1000),
     "qna_vit_tiny, 16 images": (15.72e6, 16 / 1000),
-    "qna_vit_base, 128 images": (55.9e6, 128 / 400),
+    "qna_vit_base, 128 images": (55.67e6, 128 / 400),
 }
 # Bytes per second that one machine sends, 80 % of the link's.
 LINKS = {"8 x 400 Gb/s": 320 * GB, "100 Gb/s": 10 * GB, "25 Gb/s": 2.5 * GB, "10 Gb/s": 1 * GB}
