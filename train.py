@@ -15,11 +15,16 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
+    # Importing PyTorch takes seconds: a signal waits until `StopSignals` takes it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 
 import torch
 from timm.utils import world_info_from_env
@@ -192,7 +197,10 @@ def start(
         signals.defer()
         control.stop_if_asked()
         train(session)
-    return WRITE_FAILED if writes.failed else 0
+    if not writes.failed:
+        return 0
+    _logger.warning("at some time not written: %s", ", ".join(writes.failed))
+    return WRITE_FAILED
 
 
 def check_still_new(folder: Path) -> None:
@@ -277,9 +285,14 @@ def conclude(args: argparse.Namespace, saver: Saver, rows: list[dict[str, Any]])
             "best %s%s: %.4g in epoch %d",
             args.eval_metric, averaged, best["metric"], best["epoch"] + 1,
         )  # fmt: skip
-    for what, name in (("curves", report.CURVES_NAME), ("spans", SPAN_CURVES_NAME)):
-        if (picture := saver.folder / name).is_file():
-            _logger.info("%s: %s", what, picture)
+    for what, name in (
+        ("curves", report.CURVES_NAME),
+        ("spans", SPAN_CURVES_NAME),
+        ("images that could not be read", report.BAD_IMAGES_NAME),
+        ("losses and gradients that were not finite", report.NONFINITE_NAME),
+    ):
+        if (file := saver.folder / name).is_file():
+            _logger.info("%s: %s", what, file)
     _logger.info("to validate: %s --checkpoint %s", validate_command(), saver.best_file())
     print(f"--result\n{json.dumps({'best': saver.best, 'last': rows[-1] if rows else {}})}")
 

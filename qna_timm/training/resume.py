@@ -38,10 +38,12 @@ class Position(NamedTuple):
     evaluating: bool = False
 
     def __str__(self) -> str:
-        text = f"{self.epoch} whole epochs"
+        text = f"{self.epoch} whole epoch{'' if self.epoch == 1 else 's'}"
         if self.evaluating:
             return f"{text} and the training of another"
-        return f"{text} and {self.updates} updates" if self.updates else text
+        if not self.updates:
+            return text
+        return f"{text} and {self.updates} update{'' if self.updates == 1 else 's'}"
 
 
 def collect_state(trainer: Trainer, position: Position, extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,6 +121,8 @@ class Session:
             self._save_epoch()
         if self.run.args.on_nonfinite == "rewind" and self.saved is None:
             self.save_state()  # there has to be something to go back to
+        if self.position.epoch >= stop:
+            _logger.info("nothing is left to train: %s", self.position)
         while self.position.epoch < stop:
             if not self.position.updates and stops_early(self.run.args, self.rows):
                 return

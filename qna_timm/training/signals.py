@@ -64,8 +64,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def defer(self) -> None:
-        """From now on signals only fill `received`."""
+        """From now on signals only fill `received`, those that were blocked until now too."""
         self._deferred = True
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def obey(self) -> None:
         """From now on signals raise `Stopped` at once, as one does that has been received."""

@@ -246,10 +246,10 @@ def wait_for(condition: Callable[[], Any], log: Path, seconds: float = 60) -> No
         time.sleep(0.05)
 
 
-def caught_signals(pid: int) -> int:
-    """Bits of the signals that a process has handlers for, the first for signal 1."""
+def bit_of(signum: int, mask: str, pid: int) -> bool:
+    """Whether a process has a signal in a mask: SigCgt has those caught, SigBlk those blocked."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+    return bool(int(re.search(rf"{mask}:\s*(\w+)", status)[1], 16) >> (signum - 1) & 1)
 
 
 IMPATIENT = f"""
@@ -271,12 +271,29 @@ def test_waiting_for_processes_that_never_come() -> None:
             environ = environment(**launched, MASTER_PORT=str(free_port()))
             waiting.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log))
     for rank, process in enumerate(waiting):
-        wait_for(lambda pid=process.pid: caught_signals(pid) >> 9 & 1, Path(str(rank)))  # SIGUSR1
+        wait_for(lambda pid=process.pid: bit_of(signal.SIGUSR1, "SigCgt", pid), Path(str(rank)))
         process.send_signal(signal.SIGTERM)
     for rank, process in enumerate(waiting):
         process.send_signal(signal.SIGTERM)
         assert process.wait(SECONDS) == 143
         assert Path(str(rank)).read_text().endswith("stopped by SIGTERM\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
+def test_signal_before_anything_is_imported() -> None:
+    """Importing PyTorch takes longer than many updates; a signal then is obeyed like any other."""
+    started = {}
+    for signum in (signal.SIGUSR1, signal.SIGINT):
+        with open(signum.name, "w") as log:
+            command = [sys.executable, str(ROOT / "train.py"), *flags()]
+            started[signum] = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+    for signum, process in started.items():
+        wait_for(lambda pid=process.pid: bit_of(signal.SIGUSR1, "SigBlk", pid), Path(signum.name))
+        process.send_signal(signum)
+    for signum, process in started.items():
+        assert process.wait(120) == (0 if signum == signal.SIGUSR1 else 130)
+        assert Path(signum.name).read_text() == f"warning: stopped by {signum.name}\n"
+    assert not Path("a").exists()
 
 
 # --- the handler ---
