@@ -26,6 +26,7 @@ __all__ = ["check_exact", "differences", "fingerprint", "versions"]
 # `resume.restore` tells the learning rate that these come to.
 _TOLD_BY_OPTIMIZER = frozenset({"lr", "lr_base", "lr_base_size", "lr_base_scale"})
 _FLAGS = flags_by_key(TRAIN_FLAGS)
+_OPTIMIZER_FLAGS = frozenset(_FLAGS[key].long for key in OPTIMIZER)
 
 _logger = logging.getLogger(__name__)
 
@@ -153,10 +154,13 @@ def check_exact(
 
 def _advice(found: Sequence[str]) -> str:
     """What to do about differences; another optimizer cannot take over the state of this one."""
+    afresh = any(text.startswith("--opt ") for text in found)
+    # a fresh optimizer may have all settings of its own
+    answered = _OPTIMIZER_FLAGS if afresh else frozenset()
     advice = []
-    if others := [text for text in found if not text.startswith("--opt ")]:
+    if any(text.split()[0] not in answered for text in found):
         advice.append("--resume-anyway goes on all the same")
-    if len(others) < len(found):
+    if afresh:
         advice.append("--no-resume-opt starts the optimizer afresh")
     return ", ".join(advice)
 

@@ -251,5 +251,5 @@ def _damage_in(file: BinaryIO, digested: bool) -> str | None:
     while count := file.readinto(chunk):
         digest.update(chunk[:count])
     if digest.hexdigest().encode() != text[place]:
-        return f"its content is not what its digest is of{step}"
+        return f"its content does not match its digest{step}"
     return None

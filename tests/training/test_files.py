@@ -87,7 +87,7 @@ def test_fall_back_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) 
         state, used = load_state_or_previous(path)
     assert used.name == PREVIOUS_NAME and state["position"]["updates"] == 1
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: damaged (its content is not what its digest is of; saved after update 2 of epoch"
+        f"{path}: damaged (its content does not match its digest; saved after update 2 of epoch"
         f" 3): going on from {PREVIOUS_NAME}, the state before it"
     ]
     with pytest.raises(UsageError, match=r"--resume .*last\.state\.safetensors: damaged \("):
