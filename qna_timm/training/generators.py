@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 from torch.utils.data import get_worker_info
 
 _NUMPY_SEEDS = 2**32
@@ -27,6 +28,25 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
     torch.random.default_generator.manual_seed(seed)
     if device is not None and device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
+
+
+def seed_optimizer(optimizer: Optimizer, seed: int, device: torch.device) -> None:
+    """Seeds what an optimizer draws from in a step, if it draws: the same on every process.
+
+    Adahessian has a generator of its own, which its state leaves out; Kron draws from the global
+    ones too, which are seeded otherwise on every process.
+
+    Args:
+        optimizer: The optimizer, maybe in timm's `Lookahead`.
+        seed: Of the step.
+        device: Where the parameters are.
+    """
+    inner = getattr(optimizer, "_base_optimizer", optimizer)
+    if isinstance(getattr(inner, "generator", None), torch.Generator):
+        inner.seed = seed  # of the generator that it makes on another device
+        inner.generator.manual_seed(seed)
+    elif hasattr(inner, "rng"):
+        seed_generators(seed, device)
 
 
 @contextlib.contextmanager

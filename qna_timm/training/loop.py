@@ -25,6 +25,7 @@ from qna_timm.training.distributed import (
     reduce_flags,
 )
 from qna_timm.training.evaluation import check_labels
+from qna_timm.training.generators import derive_seed, seed_optimizer
 from qna_timm.training.intervals import Interval
 from qna_timm.training.loss_mean import LossMean
 from qna_timm.training.nonfinite import BufferKeeper, Fault, NonFinite, all_finite, bad_loss
@@ -352,6 +353,8 @@ class Trainer:
             parameters = self.task.get_clip_parameters(exclude_head=args.clip_mode == "agc")
             dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
         scale = self._scale
+        seed = derive_seed("optimizer", args.seed, self.num_updates)
+        seed_optimizer(self.optimizer, seed, self.processes.device)
         scaler.step(self.optimizer)
         scaler.update()
         self._scale = scaler.get_scale()
