@@ -231,7 +231,7 @@ def decide_on_primary(processes: Processes, decide: Callable[[], T]) -> T:
     under the others' eyes.
 
     Raises:
-        UsageError: On every process, if `decide` raised it.
+        UsageError: On every process, if `decide` raised it, or the file system an error.
     """
     outcome: list = [None, None]
     if processes.is_primary:
@@ -239,6 +239,9 @@ def decide_on_primary(processes: Processes, decide: Callable[[], T]) -> T:
             outcome = [decide(), None]
         except UsageError as error:
             outcome = [None, str(error)]
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            outcome = [None, f"{where}{error.strerror or error}"]
     if processes.distributed:
         dist.broadcast_object_list(outcome, device=processes.device)
     answer, problem = outcome

@@ -266,3 +266,10 @@ def test_rendezvous() -> None:
     assert given["MASTER_ADDR"] == "head" and given["MASTER_PORT"] == "5"
     with pytest.raises(UsageError, match="SLURM_JOB_NODELIST"):
         launch.set_rendezvous({"SLURM_JOB_ID": "41"})
+
+
+def test_file_system_errors_of_the_first_process_are_told_to_all(tmp_path: Path) -> None:
+    """In one line, where only the first looks: the others would wait for its answer."""
+    path = tmp_path / ("long" * 100)
+    with pytest.raises(UsageError, match="long: File name too long"):
+        distributed.decide_on_primary(Processes(torch.device("cpu")), path.is_dir)
