@@ -42,7 +42,7 @@ from qna_timm.training.distributed import (
 )
 from qna_timm.training.elastic import keep_plan
 from qna_timm.training.errors import RunFailed, UsageError, run_cli
-from qna_timm.training.exactness import check_exact
+from qna_timm.training.exactness import check_exact, set_aside_repeated
 from qna_timm.training.holdout import check_same_holdout
 from qna_timm.training.intervals import parse_duration, parse_interval
 from qna_timm.training.lock import RunLock
@@ -176,11 +176,10 @@ def start(
             milestones=args.save_epochs,
         )
         session = Session(run, saver, writes)
-        state = None if state_path is None else go_on(session, state_path)
-        in_own_folder = state is not None and state_path.parent.resolve() == folder.resolve()
-        # a command that is given again to go on does not start over
-        started = in_own_folder and state["args"]["start_epoch"] == args.start_epoch
-        if args.start_epoch is not None and not started:
+        state = None
+        if state_path is not None:
+            state = go_on(session, state_path)
+        elif args.start_epoch is not None:
             session.start_at(args.start_epoch)
         decide_on_primary(processes, lambda: report.make_folder(folder))
         if not is_there:
@@ -240,7 +239,9 @@ def saved_header(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def go_on(session: Session, path: Path) -> dict[str, Any]:
-    """Put a saved state in place, if the run can go on from it exactly; every process calls this.
+    """Put a saved state in place, if the run can go on from it exactly or is asked not to.
+
+    Every process calls this.
 
     Returns:
         The state.
@@ -250,10 +251,14 @@ def go_on(session: Session, path: Path) -> dict[str, Any]:
     """
     run = session.run
     path = decide_on_primary(run.processes, lambda: whole_state(path))
-    state = load_state(path)
+    state, asked = load_state(path), run.args
+    if path.parent.resolve() == session.folder.resolve():
+        asked = set_aside_repeated(run.args, state["args"])
     check_same_holdout(run.args, state["args"], path)
-    check_exact(path, state, run.args, run.identity)
-    session.restore(state, path)
+    check_exact(path, state, asked, run.identity)
+    session.restore(state, path, with_optimizer=not asked.no_resume_opt)
+    if asked.start_epoch is not None:
+        session.start_at(asked.start_epoch)
     return state
 
 

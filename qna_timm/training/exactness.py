@@ -1,8 +1,8 @@
 """Whether a resumed run can go on exactly: with the saved one's settings, data and versions."""
 
-import argparse
 import logging
 import platform
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def differences(
 def check_exact(
     where: str | Path,
     state: Mapping[str, Any],
-    args: argparse.Namespace,
+    args: Namespace,
     identity: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """See that a resumed run can go on exactly, and log what has changed without harm.
@@ -150,6 +150,24 @@ def check_exact(
     harmless = _changed_flags(saved_args, now, SCHEDULE - _TOLD_BY_OPTIMIZER | known)
     if harmless:
         _logger.info("changed since the state was saved: %s", ", ".join(harmless))
+
+
+def set_aside_repeated(args: Namespace, saved_args: Mapping[str, Any]) -> Namespace:
+    """The flags of a run that goes on in its own folder, without what they ask for once more.
+
+    A command that is given again to go on does not start over: its ``--start-epoch`` and, unless
+    the optimizer is another now, its ``--no-resume-opt`` have had their effect.
+
+    Args:
+        args: Flags of this run.
+        saved_args: Those of the state.
+    """
+    kept = Namespace(**vars(args))
+    if saved_args.get("start_epoch") == args.start_epoch:
+        kept.start_epoch = None
+    if saved_args.get("no_resume_opt") and not _changed_flags(saved_args, vars(args), OPTIMIZER):
+        kept.no_resume_opt = False
+    return kept
 
 
 def _advice(found: Sequence[str]) -> str:

@@ -21,6 +21,8 @@ from qna_timm.training.distributed import gather_to_primary
 from qna_timm.training.errors import UsageError
 from qna_timm.training.loop import Trainer
 
+_PLATEAU_COUNTS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+
 _logger = logging.getLogger(__name__)
 
 
@@ -73,7 +75,7 @@ def collect_state(trainer: Trainer, position: Position, extra: Mapping[str, Any]
         "optimizer": trainer.optimizer.state_dict(),
         "settings": trainer.settings,
         "scaler": trainer.precision.scaler.state_dict(),
-        "plateau": schedule.lr_scheduler.state_dict() if plateau else None,
+        "plateau": _plateau_state(schedule) if plateau else None,
         **extra,
     }
 
@@ -133,7 +135,10 @@ def restore(
     if with_optimizer:
         _restore_optimizer(trainer, state, path)
         trainer.precision.scaler.load_state_dict(state["scaler"])
-    _restore_schedule(trainer, state, position.epoch, with_optimizer)
+    if not isinstance(trainer.schedule, PlateauLRScheduler):
+        move_schedule(trainer, position.epoch, trainer.num_updates)
+    elif with_optimizer and state["plateau"] is not None:
+        _restore_plateau(trainer, state)
     return position
 
 
@@ -188,14 +193,42 @@ def _restore_optimizer(trainer: Trainer, state: Mapping[str, Any], path: Path) -
         _logger.info("changed since the state was saved: %s", ", ".join(changes.values()))
 
 
-def _restore_schedule(
-    trainer: Trainer, state: Mapping[str, Any], epoch: int, with_state: bool
-) -> None:
-    """Move the schedule to where the run stands; timm's schedules are functions of the count."""
+def move_schedule(trainer: Trainer, epoch: int, num_updates: int) -> None:
+    """Give the optimizer the learning rates that it has there in a run that was never stopped.
+
+    timm's schedules are functions of the count. The exception, ``plateau``, is left as it is.
+
+    Args:
+        trainer: What trains.
+        epoch: Whole epochs behind it.
+        num_updates: Updates behind it, since the run began.
+    """
     schedule = trainer.schedule
-    if isinstance(schedule, PlateauLRScheduler):
-        if with_state and state["plateau"] is not None:
-            schedule.lr_scheduler.load_state_dict(state["plateau"])
-    elif schedule is not None:
-        schedule.step_update(num_updates=state["num_updates"])
+    if schedule is None or isinstance(schedule, PlateauLRScheduler):
+        return
+    # What a schedule begins with may be another number than its formula's at 0, in the last bit or
+    # by its noise.
+    for group, first in zip(trainer.optimizer.param_groups, trainer.settings, strict=True):
+        group["lr"] = first["lr"]
+    if num_updates:
+        schedule.step_update(num_updates=num_updates)
+    if epoch:
         schedule.step(epoch)
+
+
+def _plateau_state(schedule: PlateauLRScheduler) -> dict[str, Any]:
+    """What has happened, without what the flags say."""
+    counted = schedule.lr_scheduler.state_dict()
+    return {
+        **{key: counted[key] for key in _PLATEAU_COUNTS},
+        "restore_lr": schedule.restore_lr,  # what the learning rates are without noise
+    }
+
+
+def _restore_plateau(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    schedule, saved = trainer.schedule, state["plateau"]
+    schedule.lr_scheduler.load_state_dict({key: saved[key] for key in _PLATEAU_COUNTS})
+    now, was = trainer.optimizer.param_groups, state["optimizer"]["param_groups"]
+    # A learning rate that the flags have changed has no noise yet.
+    if [group["lr"] for group in now] == [group["lr"] for group in was]:
+        schedule.restore_lr = saved.get("restore_lr")

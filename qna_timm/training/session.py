@@ -16,6 +16,7 @@ from qna_timm.training.bad_images import merge_replaced
 from qna_timm.training.control import Decision
 from qna_timm.training.distributed import decide_on_primary, gather_to_primary
 from qna_timm.training.early_stop import stops_early
+from qna_timm.training.elastic import images_asked
 from qna_timm.training.errors import RunFailed
 from qna_timm.training.evaluation import evaluate
 from qna_timm.training.nonfinite import NonFinite
@@ -28,7 +29,13 @@ from qna_timm.training.saver import EMA, Saver
 from qna_timm.training.shards import ShardPlan
 from qna_timm.training.signals import Stopped
 from qna_timm.training.span_report import span_lines, write_spans
-from qna_timm.training.state_files import STATE_NAME, load_state, save_state, whole_state
+from qna_timm.training.state_files import (
+    PREVIOUS_NAME,
+    STATE_NAME,
+    load_state,
+    save_state,
+    whole_state,
+)
 from qna_timm.training.updates import num_updates
 from qna_timm.training.writes import Writes
 
@@ -73,21 +80,29 @@ class Session:
         self._rewinds = 0
         self._records: list[str] = []  # of updates that were not made, to be written
         self._epoch_written = True
+        self._images_asked = run.args.batch_size * run.args.grad_accum_steps
         run.trainer.on_skip = self.record
         run.trainer.writes = writes
 
-    def restore(self, state: Mapping[str, Any], path: Path) -> None:
+    def restore(self, state: Mapping[str, Any], path: Path, with_optimizer: bool = True) -> None:
         """Go on from a saved state.
+
+        Args:
+            state: From `load_state`.
+            path: Where it is from.
+            with_optimizer: See `resume.restore`.
 
         Raises:
             UsageError: It is of another model or optimizer.
         """
-        args, trainer = self.run.args, self.run.trainer
-        position = resume.restore(trainer, state, path, with_optimizer=not args.no_resume_opt)
+        position = resume.restore(self.run.trainer, state, path, with_optimizer=with_optimizer)
         self.position = self._in_own_updates(position, state.get("plan"))
         self.rows, self._bad_images = list(state["rows"]), list(state["bad_images"])
         self._epoch_written = state.get("epoch_written", True)
-        if path.parent.resolve() == self.folder.resolve():
+        if self.run.plan and state.get("plan") == self.run.plan._asdict():
+            self._images_asked = images_asked(state)
+        by_choice = Path(self.run.args.resume).name == PREVIOUS_NAME  # the last may be whole
+        if path.parent.resolve() == self.folder.resolve() and not by_choice:
             self.saved = self.position
         _logger.info("resumed %s after %s", path, self.position)
 
@@ -105,9 +120,12 @@ class Session:
         run = self.run
         self.position = Position(epoch)
         self.rows = [row for row in self.rows if row["epoch"] < epoch]
-        if (schedule := run.trainer.schedule) is not None:
-            schedule.step_update(epoch * self._updates_per_epoch())
+        self._epoch_written = True
+        schedule = run.trainer.schedule
+        if isinstance(schedule, PlateauLRScheduler):
             schedule.step(epoch)
+        else:
+            resume.move_schedule(run.trainer, epoch, epoch * self._updates_per_epoch())
 
     def train(self, stop: int) -> None:
         """Train until so many epochs are done.
@@ -119,12 +137,16 @@ class Session:
         """
         if not self._epoch_written and self.position == Position(self.position.epoch):
             self._save_epoch()
-        if self.run.args.on_nonfinite == "rewind" and self.saved is None:
-            self.save_state()  # there has to be something to go back to
+        args = self.run.args
+        rewinds, elsewhere = args.on_nonfinite == "rewind", self.position != Position()
+        if (self.saved is None and (rewinds or elsewhere)) or (rewinds and args.no_resume_opt):
+            # There has to be something to go back to; and a run that has begun in the middle of
+            # another does not depend on that one any more.
+            self.save_state()
         if self.position.epoch >= stop:
             _logger.info("nothing is left to train: %s", self.position)
         while self.position.epoch < stop:
-            if not self.position.updates and stops_early(self.run.args, self.rows):
+            if not self.position.updates and stops_early(args, self.rows):
                 return
             self.rows.append(self._train_and_evaluate(stop))
             self.position = Position(self.position.epoch + 1)
@@ -239,10 +261,8 @@ class Session:
         trainer.mean.clear()
         trainer.mean.load(mean)
         trainer.skipped = skipped + 1
-        if (schedule := trainer.schedule) is not None:
-            schedule.step_update(bad.epoch * self._updates_per_epoch() + bad.update + 1)
-            if not isinstance(schedule, PlateauLRScheduler):  # which would count it as an epoch
-                schedule.step(bad.epoch)
+        updates = bad.epoch * self._updates_per_epoch() + bad.update + 1
+        resume.move_schedule(trainer, bad.epoch, updates)
         _logger.warning("gone back to the weights of %s", path)
         return bad.update + 1
 
@@ -326,6 +346,7 @@ class Session:
                 "args": as_yaml_dict(run.args),
                 "metadata": run.metadata,
                 "plan": run.plan and run.plan._asdict(),
+                "images_asked": self._images_asked,
                 "bad_images": self._bad_images,
                 "epoch_written": self.writes.missing.isdisjoint(_OF_EPOCHS),
                 **run.identity,

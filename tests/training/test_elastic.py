@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import signal
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +23,11 @@ from kill_trials import EVERYTHING, Case, flags_of
 from killing import Run, any_ended, contents, differing, load_train, to_the_end
 from torch import Tensor
 
+from qna_timm.training.distributed import Processes
+from qna_timm.training.elastic import keep_plan
 from qna_timm.training.loop import Trainer
 from qna_timm.training.packing import pack
+from qna_timm.training.shards import ShardPlan
 from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, load_state, read_state_header
 from qna_timm.training.task import TrainTask
 
@@ -54,7 +58,8 @@ class Part(NamedTuple):
 PARTS = (
     Part(2, updates=3, signum=signal.SIGTERM),
     Part(1, updates=2, signum=signal.SIGKILL),
-    Part(1, "--batch-size 32", updates=3, signum=signal.SIGTERM),
+    Part(1, updates=1, signum=signal.SIGTERM),
+    Part(1, "--batch-size 32", updates=2, signum=signal.SIGTERM),
     Part(2, updates=3, signum=signal.SIGKILL),
     Part(2),
 )
@@ -206,6 +211,19 @@ def test_batch_norm(train: ModuleType, tmp_path: Path) -> None:
         for folder in folders
     ]
     assert losses[0] == losses[1]
+
+
+def test_command_given_again_and_again() -> None:
+    """2 processes, then 1 that accumulates, and then the first command once more."""
+    plan = ShardPlan(16, 2, 14)
+    state = {"plan": plan._asdict(), "args": {"batch_size": 16, "grad_accum_steps": 2}}
+    args = Namespace(batch_size=16, grad_accum_steps=1)
+    one = Processes(torch.device("cpu"))
+    assert keep_plan(args, state, one) is None, "a run of 32 images an update, asked for 16"
+    assert keep_plan(args, {**state, "images_asked": 16}, one) == plan
+    assert (args.batch_size, args.grad_accum_steps) == (16, 2)
+    args = Namespace(batch_size=8, grad_accum_steps=1)
+    assert keep_plan(args, {**state, "images_asked": 16}, one) is None
 
 
 def test_number_of_processes_that_does_not_fit(train: ModuleType, tmp_path: Path) -> None:

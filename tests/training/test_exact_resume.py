@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from faulty_runs import without_drawing
 from kill_phases import PHASES, Phases
-from kill_trials import CASES, Trials, flags_of, strikes_everywhere
-from killing import Run, contents, differing, load_train
+from kill_trials import CASES, Case, Trials, flags_of, strikes_everywhere
+from killing import Run, contents, differing, load_train, to_the_end
 
 from qna_timm.training.loop import Trainer
 from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, read_state_header
@@ -67,6 +68,34 @@ def prepared(phases: Phases) -> Callable[[int], None]:
         stop_after_update()
 
     return prepare
+
+
+def stopping(rank: int) -> None:
+    without_drawing()
+    stop_after_update()
+
+
+SETTINGS = {
+    "cosine": "--lr 1.3e-3 --min-lr 1e-5 --warmup-epochs 0",
+    "noise": "--sched tanh --lr-noise 0 0.9 --warmup-epochs 0",
+    "plateau": "--sched plateau --lr-noise 0.3 0.9 --patience-epochs 0 --warmup-epochs 0",
+    "adahessian": "--opt adahessian --lr 0.05",
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_schedules_and_optimizers(train: ModuleType, tmp_path: Path, name: str) -> None:
+    """Learning rates before a schedule's first step, noise on them, an optimizer that draws."""
+    argv = flags_of(Case(f"--model test_vit {SETTINGS[name]}"), tmp_path / "output")
+    log, folder = tmp_path / "log", tmp_path / "output" / "run"
+    to_the_end(train, argv, log, prepare=without_drawing)
+    straight = contents(folder)
+    folder.rename(tmp_path / "straight")
+    for _ in range(5):
+        codes = Run(train, argv, log, prepare=stopping).wait()
+        assert codes == [143], log.read_text()[-3000:]
+    to_the_end(train, argv, log, prepare=without_drawing)
+    assert set(differing(straight, contents(folder))) <= {PREVIOUS_NAME}
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet, ranks"])

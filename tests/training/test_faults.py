@@ -199,6 +199,14 @@ def test_count_of_bad_updates_survives_a_kill(train: ModuleType) -> None:
     assert nonfinite() == [(0, update) for update in range(3, 14)]
 
 
+def test_rewind_with_a_fresh_optimizer(train: ModuleType) -> None:
+    """The state that it was resumed from has another optimizer's."""
+    to_the_end(train, flags("--stop-epoch", "1"), LOG, prepare=without_drawing)
+    argv = flags("--on-nonfinite", "rewind", "--no-resume-opt", "--opt", "sgd")
+    to_the_end(train, argv, LOG, prepare=Poison([(1, 17)]).install)
+    assert nonfinite() == [(1, 1)] and len(summary()) == 2
+
+
 def test_rewind_with_a_plateau_schedule(train: ModuleType) -> None:
     """A rewind is no epoch without improvement."""
     argv = flags("--on-nonfinite", "rewind", "--sched", "plateau", "--patience-epochs", "0")

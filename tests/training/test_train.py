@@ -25,7 +25,7 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from qna_timm.training import loaders, loop, resume, run
+from qna_timm.training import curves, loaders, loop, resume, run
 from qna_timm.training.checkpoint import load_weights, read_metadata, read_weights
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
@@ -389,6 +389,64 @@ def test_resume_by_folder_brings_its_settings(
     assert [row["epoch"] for row in summary(tmp_path / "b")] == ["0", "1", "2"]
     assert (tmp_path / "b" / "best.safetensors").is_file()
     assert len(summary(folder)) == 2
+
+
+def test_fresh_optimizer_is_asked_for_once(
+    train: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The command that asked for it goes on, when it is given again, with what it has since."""
+    monkeypatch.setattr(curves, "can_draw", lambda: False)
+    for name, stops in (("straight", ("3",)), ("stopped", ("2", "3"))):
+        argv = digits(tmp_path, "--experiment", name, "--resume", "auto", "--epochs", "3")
+        train.main([*argv, "--stop-epoch", "1"])
+        for stop in stops:
+            capsys.readouterr()
+            fresh = ["--no-resume-opt", "--opt", "sgd", "--momentum", "0.9", "--stop-epoch", stop]
+            train.main([*argv, *fresh])
+            told = "does not go on exactly: --no-resume-opt" in capsys.readouterr().err
+            assert told == (stop == stops[0])
+    one, other = (read_weights(tmp_path / n / "last.safetensors") for n in ("straight", "stopped"))
+    assert differences(one[0], other[0]) == []
+
+
+def test_run_that_begins_in_another_has_a_state_at_once(
+    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before its first save it would be told to go on, and start afresh."""
+    train.main(digits(tmp_path, "--experiment", "a", "--stop-epoch", "1"))
+
+    def killed(*args: object) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(loop.Trainer, "train_epoch", killed)
+    argv = ["--resume", str(tmp_path / "a"), "--output", str(tmp_path), "--experiment", "b"]
+    with pytest.raises(RuntimeError, match="killed"):
+        train.main(argv)
+    assert load_state(tmp_path / "b" / "last.state.safetensors")["position"]["epoch"] == 1
+
+
+# timm's own warnings about itself and about what it calls
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler")
+def test_plateau_flags_take_effect_on_resume(
+    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = digits(tmp_path, "--experiment", "a", "--resume", "auto", "--warmup-epochs", "0")
+    argv += ["--sched", "plateau"]
+    train.main([*argv, "--patience-epochs", "3", "--stop-epoch", "1"])
+    found = {}
+    restore = resume.restore
+
+    def noted(trainer: loop.Trainer, *args: Any, **kwargs: Any) -> resume.Position:
+        position = restore(trainer, *args, **kwargs)
+        found.update(trainer.schedule.lr_scheduler.state_dict())
+        return position
+
+    monkeypatch.setattr(resume, "restore", noted)
+    train.main([*argv, "--patience-epochs", "7", "--decay-rate", "0.25"])
+    assert (found["patience"], found["factor"], found["last_epoch"]) == (7, 0.25, 1)
 
 
 def test_mixing_in_the_loader(
