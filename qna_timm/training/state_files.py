@@ -43,7 +43,9 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     header = {STATE_KEY: json.dumps(pack(dict(state), tensors))}
     position = state.get("position")
     if position is not None:
-        header[STEP_KEY] = f"update {position['updates']} of epoch {position['epoch'] + 1}"
+        epoch, updates = position["epoch"], position["updates"]
+        begun = updates or not epoch
+        header[STEP_KEY] = f"update {updates} of epoch {epoch + 1}" if begun else f"epoch {epoch}"
     previous = path.with_name(PREVIOUS_NAME) if path.name == STATE_NAME else None
     save_tensors(path, tensors, header, previous=previous)
 
