@@ -4,7 +4,8 @@
     python benchmarks/bench_protection.py [--models qna_vit_tiny resnet18] [--batch-size 8] \\
         [--rounds 20] [--out benchmarks/results/NAME.csv]
 
-Steps of one process, float32, the optimizer's included, taken in turns: `with` is the training
+Steps of one process, float32, the optimizer's included, taken in turns (ratios of wall time and of
+processor time are medians over neighbours): `with` is the training
 loop as it is; `without` neither seeds the generators for each batch, nor copies buffers, nor looks
 at losses and gradients, nor asks whether to stop or to save. Beside them the state file: seconds
 to write it, and their share of the time between two at the default --checkpoint-interval. Then
@@ -96,25 +97,33 @@ def step_rows(model: str, args: argparse.Namespace) -> list[dict]:
     trainers = {"with": make_trainer(model, False, device)}
     trainers["without"] = make_trainer(model, True, device)
     times: dict[str, list[float]] = {name: [] for name in trainers}
+    cpu_times: dict[str, list[float]] = {name: [] for name in trainers}
     for turn in range(args.rounds + 2):
         # the order changes: what runs second finds other things in the caches
         for name in sorted(trainers, reverse=bool(turn % 2)):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             trainers[name].train_epoch([batch], turn, name)
             if device.type != "cpu":
                 torch.accelerator.synchronize()
             if turn > 1:
                 times[name].append(time.perf_counter() - start)
-    # of pairs of neighbours, so that what slows the machine down for a while falls out
-    ratio = statistics.median(a / b for a, b in zip(times["with"], times["without"], strict=True))
+                cpu_times[name].append(time.process_time() - cpu_start)
+    ratio, cpu_ratio = paired(times), paired(cpu_times)
     rows = []
     for name, seconds in times.items():
         low, median, high = (1e3 * value for value in statistics.quantiles(seconds, n=4))
         row = {"what": f"step of {model}, {name}", "ms": f"{median:.1f}"}
         row["quartiles"] = f"{low:.1f}-{high:.1f}"
         row["ratio"] = f"{ratio:.4f}" if name == "with" else ""
+        row["cpu_ratio"] = f"{cpu_ratio:.4f}" if name == "with" else ""
         rows.append(row)
     return [*rows, save_row(model, trainers["with"])]
+
+
+def paired(times: dict[str, list[float]]) -> float:
+    """Median ratio of neighbours: what slows the machine down for a while falls out."""
+    pairs = zip(times["with"], times["without"], strict=True)
+    return statistics.median(a / b for a, b in pairs)
 
 
 def save_row(model: str, trainer: Trainer) -> dict:
@@ -134,6 +143,7 @@ def save_row(model: str, trainer: Trainer) -> dict:
         "ms": f"{median:.1f}",
         "quartiles": f"{low:.1f}-{high:.1f}",
         "ratio": f"{1 + median / 1e3 / interval:.4f}",
+        "cpu_ratio": "",
     }
 
 
@@ -174,6 +184,7 @@ def start_rows(rounds: int) -> list[dict]:
             "ms": f"{1e3 * statistics.median(seconds):.0f}",
             "quartiles": f"{1e3 * min(seconds):.0f}-{1e3 * max(seconds):.0f}",
             "ratio": f"{ratio:.4f}" if name == "resumed" else "",
+            "cpu_ratio": "",
         }
         for name, seconds in times.items()
     ]

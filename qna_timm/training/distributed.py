@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qna_timm.training.errors import UsageError
 from qna_timm.training.launch import launched_by_slurm, set_rendezvous
+from qna_timm.training.rendezvous import fresh_store, meets_in_used_store
 
 T = TypeVar("T")
 
@@ -145,7 +146,10 @@ def _in_thread(work: Callable[[], None], while_waiting: Callable[[], None]) -> N
 def _connect(backend: str, rank: int, world_size: int, timeout: timedelta | None) -> None:
     """Connect to the other processes where the environment says that rank 0 is met."""
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        store = fresh_store(rank, world_size, timeout) if meets_in_used_store() else None
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     except ValueError as error:  # without MASTER_ADDR or MASTER_PORT
         raise UsageError(f"{world_size} processes: {error}; torchrun and srun set it") from error
     except dist.DistNetworkError as error:
