@@ -669,6 +669,7 @@ def test_interrupt_loses_no_update(
         "save": (Session, "_save_epoch"),
     }
     owner, name = where[place]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever tests before have left
     whole, calls = getattr(owner, name), []
 
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
