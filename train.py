@@ -49,7 +49,7 @@ from qna_timm.training.lock import RunLock
 from qna_timm.training.logs import RunLog
 from qna_timm.training.recipe import as_recipe, as_yaml_dict, parse_train_args
 from qna_timm.training.requeue import requeue_job, resume_if_restarted
-from qna_timm.training.run import set_up
+from qna_timm.training.run import Run, set_up
 from qna_timm.training.saver import EMA, Saver
 from qna_timm.training.session import Session
 from qna_timm.training.signals import REQUEUE_SIGNAL, Stopped, StopSignals
@@ -164,42 +164,68 @@ def start(
         processes, lambda: report.plan_run(args, run.metadata["img_size"], in_place)
     )
     with ExitStack() as stack:
-        lock = RunLock(folder, command) if processes.is_primary else nullcontext()
-        if is_there := decide_on_primary(processes, folder.is_dir):
-            decide_on_primary(processes, lambda: stack.enter_context(lock) and None)
-        writes = Writes()
-        saver = Saver(
-            folder,
-            run.metadata,
-            metric_name=args.eval_metric,
-            keep=args.checkpoint_hist,
-            milestones=args.save_epochs,
-        )
-        session = Session(run, saver, writes)
-        state = None
-        if state_path is not None:
-            state = go_on(session, state_path)
-        elif args.start_epoch is not None:
-            session.start_at(args.start_epoch)
-        decide_on_primary(processes, lambda: report.make_folder(folder))
-        if not is_there:
-            decide_on_primary(processes, lambda: stack.enter_context(lock) and None)
-        if state_path is None:
-            decide_on_primary(processes, lambda: check_still_new(folder))
-        if processes.is_primary:
-            log.to_file(folder / report.LOG_NAME, writes)
-            _logger.info("run folder %s", folder)
-            if state is not None and state["args"]["eval_metric"] == args.eval_metric:
-                with writes.trying("best weights"):
-                    saver.adopt(state["saver"], state_path.parent)
-            begin_writing(session, command)
+        session = enter_folder(run, folder, state_path, command, log, stack)
         signals.defer()
         control.stop_if_asked()
         train(session)
-    if not writes.failed:
+    if not session.writes.failed:
         return 0
-    _logger.warning("at some time not written: %s", ", ".join(writes.failed))
+    _logger.warning("at some time not written: %s", ", ".join(session.writes.failed))
     return WRITE_FAILED
+
+
+def enter_folder(
+    run: Run,
+    folder: Path,
+    state_path: Path | None,
+    command: Sequence[str],
+    log: RunLog,
+    stack: ExitStack,
+) -> Session:
+    """Lock the run folder, put a saved state in place, and begin to write; or change nothing.
+
+    Args:
+        run: Everything that trains.
+        folder: The run folder, there already or not.
+        state_path: State to go on from, if there is one.
+        command: The command line.
+        log: What the run says.
+        stack: Holds the lock.
+
+    Raises:
+        UsageError: Another run has the folder, it cannot be written to, or the state does not fit.
+    """
+    args, processes = run.args, run.processes
+    lock = RunLock(folder, command) if processes.is_primary else nullcontext()
+    if is_there := decide_on_primary(processes, folder.is_dir):
+        decide_on_primary(processes, lambda: stack.enter_context(lock) and None)
+    writes = Writes()
+    saver = Saver(
+        folder,
+        run.metadata,
+        metric_name=args.eval_metric,
+        keep=args.checkpoint_hist,
+        milestones=args.save_epochs,
+    )
+    session = Session(run, saver, writes)
+    state = None
+    if state_path is not None:
+        state = go_on(session, state_path)
+    elif args.start_epoch is not None:
+        session.start_at(args.start_epoch)
+    decide_on_primary(processes, lambda: report.make_folder(folder))
+    if not is_there:
+        decide_on_primary(processes, lambda: stack.enter_context(lock) and None)
+    if state_path is None:
+        decide_on_primary(processes, lambda: check_still_new(folder))
+    if processes.is_primary:
+        log.to_file(folder / report.LOG_NAME, writes)
+        _logger.info("run folder %s", folder)
+        if state is not None and state["args"]["eval_metric"] == args.eval_metric:
+            with writes.trying("best weights"):
+                saver.adopt(state["saver"], state_path.parent)
+        begin_writing(session, command)
+    return session
 
 
 def check_still_new(folder: Path) -> None:

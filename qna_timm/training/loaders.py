@@ -212,6 +212,27 @@ def _epoch_sampler(
     )
 
 
+def _keyed_parts(
+    loader: DataLoader, args: argparse.Namespace, sampler: EpochSampler | None, mixes: bool
+) -> dict[str, Any]:
+    """What makes a training loader's samples functions of their places in the run."""
+    if sampler is not None:
+        refuse_neighbours(loader.dataset)
+        return {
+            "dataset": KeyedDataset(loader.dataset, getattr(args, "strict_data", False)),
+            "sampler": sampler,
+            "collate_fn": KeyedCollate(loader.collate_fn),
+        }
+    parts: dict[str, Any] = {
+        "dataset": KeyedStream(loader.dataset, args.seed, process_place()[0]),
+        "collate_fn": TellingCollate(loader.collate_fn),
+    }
+    if mixes:
+        # Persistent workers hold copies of the collate function and would never stop mixing.
+        parts["persistent_workers"] = False
+    return parts
+
+
 def create_train_loader(
     dataset: Dataset,
     args: argparse.Namespace,
@@ -272,18 +293,7 @@ def create_train_loader(
             kwargs["interpolation"],
         )
     mend_posterize(inner.dataset)
-    changes: dict[str, Any] = {}
-    if sampler is not None:
-        refuse_neighbours(inner.dataset)
-        changes["dataset"] = KeyedDataset(inner.dataset, getattr(args, "strict_data", False))
-        changes["sampler"] = sampler
-        changes["collate_fn"] = KeyedCollate(inner.collate_fn)
-    else:
-        changes["dataset"] = KeyedStream(inner.dataset, args.seed, process_place()[0])
-        changes["collate_fn"] = TellingCollate(inner.collate_fn)
-        if mixup_collate is not None:
-            # Persistent workers hold copies of the collate function and would never stop mixing.
-            changes["persistent_workers"] = False
+    changes = _keyed_parts(inner, args, sampler, mixes=mixup_collate is not None)
     loader = _with_inner(loader, _rebuilt(inner, args.seed + process_place()[0], **changes))
     return ImageLoader(
         loader,

@@ -79,8 +79,8 @@ class Trainer:
         mean: Losses of the epoch so far.
         skipped: Updates of the epoch so far that were left out.
         skipped_in_a_row: How many of the run's last updates were.
-        writes: Told of pictures that cannot be written.
         on_skip: Told of each.
+        writes: Told of pictures that cannot be written.
     """
 
     def __init__(

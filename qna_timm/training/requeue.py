@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qna_timm.training.distributed import Processes, decide_on_primary, reduce_flags
-from qna_timm.training.state_files import STATE_NAME
+from qna_timm.training.state_files import state_in
 
 # Variables that count how often torchrun has started this process's group, and SLURM the job.
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -87,8 +87,8 @@ def resume_if_restarted(args: argparse.Namespace, processes: Processes) -> None:
         if processes.is_primary and not args.resume:
             _logger.warning("started again, but without --experiment: a new run begins")
         return
-    state = Path(args.output) / args.experiment / STATE_NAME
-    if decide_on_primary(processes, state.is_file):
+    folder = Path(args.output) / args.experiment
+    if decide_on_primary(processes, lambda: state_in(folder)) is not None:
         args.start_epoch, args.no_resume_opt = None, False
     elif args.resume:
         return

@@ -11,7 +11,7 @@ import torch
 from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from qna_timm.training import report
 from qna_timm.training.build import (
@@ -38,7 +38,7 @@ from qna_timm.training.loop import Trainer
 from qna_timm.training.names import model_label
 from qna_timm.training.optim import create_optimizer, create_schedule, learning_rate
 from qna_timm.training.precision import Precision
-from qna_timm.training.shards import ShardPlan, plan_shards
+from qna_timm.training.shards import ShardPlan
 from qna_timm.training.span_task import DEFAULT_PENALTY, SpanTask, has_spans
 from qna_timm.training.task import TrainTask, create_loss, create_mixup
 from qna_timm.training.tta import AveragedViews
@@ -108,23 +108,8 @@ def set_up(
         UsageError: Settings, files or data are at fault.
     """
     report.check_trackers(args)
-    if args.deterministic:
-        # read when cuBLAS makes its first handle
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if processes.device.type == "cuda":
-        # As timm's script: one input size, so the search pays; TF32 for what float32 is left.
-        torch.backends.cudnn.benchmark = not args.deterministic
-        torch.set_float32_matmul_precision("high")
+    _choose_kernels(args, processes.device)
     train_set, eval_set = open_datasets(args)
-    if plan is None and not isinstance(train_set, IterableDataset):
-        plan = plan_shards(
-            len(train_set),
-            args.batch_size,
-            processes.world_size,
-            args.grad_accum_steps,
-            args.epoch_repeats,
-        )
     classes, class_names = choose_classes(args, train_set)
     # All processes start from the same weights.
     random_seed(args.seed)
@@ -144,9 +129,12 @@ def set_up(
         num_aug_splits=args.aug_splits,
         plan=plan,
     )
-    eval_batch = args.validation_batch_size or args.batch_size
     eval_loader = create_eval_loader(
-        eval_set, args, data_config, device=device, batch_size=eval_batch
+        eval_set,
+        args,
+        data_config,
+        device=device,
+        batch_size=args.validation_batch_size or args.batch_size,
     )
     lr, lr_text = learning_rate(args, images_per_update(args, processes))
     optimizer = create_optimizer(args, model, lr)
@@ -162,22 +150,26 @@ def set_up(
         control=control,
         mixup=None if in_loader else mixup,
     )
-    identity = {"data": fingerprint(train_set, eval_set), "versions": versions(device)}
     run = Run(
-        args,
-        processes,
-        trainer,
-        train_loader,
-        eval_loader,
-        epochs,
-        metadata,
-        control,
-        plan,
-        identity,
-    )
+        args, processes, trainer, train_loader, eval_loader, epochs, metadata, control,
+        plan=None if train_loader.sampler is None else train_loader.plan,
+        identity={"data": fingerprint(train_set, eval_set), "versions": versions(device)},
+    )  # fmt: skip
     _announce_data_and_model(run, model, train_set, eval_set, known_classes=classes is not None)
     _announce_arithmetic(run, updates, lr_text)
     return run
+
+
+def _choose_kernels(args: argparse.Namespace, device: torch.device) -> None:
+    """As timm's script on a GPU, unless the same bits are asked for."""
+    if args.deterministic:
+        # read when cuBLAS makes its first handle
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        # One input size, so the search pays; TF32 for what float32 is left.
+        torch.backends.cudnn.benchmark = not args.deterministic
+        torch.set_float32_matmul_precision("high")
 
 
 def build_task(args: argparse.Namespace, model: nn.Module, processes: Processes) -> TrainTask:

@@ -39,10 +39,9 @@ from qna_timm.training.state_files import (
 from qna_timm.training.updates import num_updates
 from qna_timm.training.writes import Writes
 
-# Batches of an evaluation between two looks at signals: a reduction costs more than it is worth
-# where a batch takes milliseconds.
-_POLL_BATCHES = {"cpu": 1}
-_POLL_BATCHES_ELSEWHERE = 10
+# Batches of an accelerator's evaluation between two looks at signals: a reduction costs more than
+# it is worth where a batch takes milliseconds.
+_POLL_BATCHES = 10
 # What may fail to be written, for the log.
 WEIGHTS, SPANS = "weights", "spans"
 _OF_EPOCHS = (WEIGHTS, SPANS, report.SUMMARY_NAME, report.CURVES_NAME)
@@ -306,7 +305,7 @@ class Session:
         # Streams may have more batches on one process than on another.
         if processes.distributed and self.run.eval_loader.sampler is None:
             return
-        if batch % _POLL_BATCHES.get(processes.device.type, _POLL_BATCHES_ELSEWHERE) == 0:
+        if processes.device.type == "cpu" or batch % _POLL_BATCHES == 0:
             self._obey(self.run.control.decide())
 
     def _save_epoch(self) -> None:

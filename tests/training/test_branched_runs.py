@@ -48,11 +48,6 @@ def script(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def train() -> ModuleType:
-    return script("train")
-
-
-@pytest.fixture(scope="module")
 def validate() -> ModuleType:
     return script("validate")
 
@@ -68,9 +63,6 @@ def digits(output: Path, *argv: str) -> list[str]:
 def summary(folder: Path) -> list[dict[str, str]]:
     with open(folder / "summary.csv", newline="") as file:
         return list(csv.DictReader(file))
-
-
-# --- whole runs ---
 
 
 def test_branches_are_measured_everywhere(
@@ -170,9 +162,6 @@ def test_two_processes_train_like_one(train: ModuleType, tmp_path: Path) -> None
     assert list(one) == list(two) and "eval_agreement" in one
     for column, value in one.items():
         assert float(two[column]) == pytest.approx(float(value), rel=1e-5), column
-
-
-# --- flags ---
 
 
 @pytest.mark.parametrize(
@@ -289,9 +278,6 @@ def test_backbone_is_loaded_and_told(
         build.load_backbone(model, "x.pth")
 
 
-# --- names ---
-
-
 def test_a_run_is_a_backbone_file_too(
     train: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -352,9 +338,6 @@ def test_ga_name_and_its_checkpoint(tmp_path: Path) -> None:
         assert settings.num_classes == (None if name == "ga_test_resnet" else 10)
 
 
-# --- classifiers of branches ---
-
-
 def weights_of(path: Path, num_classes: int, **kwargs: int) -> Path:
     torch.manual_seed(1)
     model = timm.create_model("test_branched", num_classes=num_classes, **kwargs)
@@ -397,9 +380,6 @@ def test_fine_tuning_to_other_classes(train: ModuleType, tmp_path: Path) -> None
     assert read_metadata(tmp_path / "a")["num_classes"] == 10
 
 
-# --- validate.py ---
-
-
 def test_branches_of_a_model_without(validate: ModuleType, tmp_path: Path) -> None:
     argv = ["--dataset", "sklearn/digits", "--device", "cpu", "-j", "0", "--branches"]
     with pytest.raises(UsageError, match="--branches: qna_vit_tiny has one classifier"):
@@ -436,9 +416,6 @@ def test_results_of_different_numbers_of_branches(validate: ModuleType, tmp_path
         rows = list(csv.DictReader(file))
     assert sorted(bool(row["branch_2_top1"]) for row in rows) == [False, True]
     assert all(row["agreement"] and row["branch_1_top1"] for row in rows)
-
-
-# --- the picture ---
 
 
 def test_curves_of_branches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

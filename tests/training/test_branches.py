@@ -125,9 +125,6 @@ class TestObjective:
             branch_losses(torch.zeros(4, 10), torch.zeros(4).long(), nn.CrossEntropyLoss(), 0.0)
 
 
-# --- the task in the loop ---
-
-
 def trainer_for(model: nn.Module, *argv: str) -> loop.Trainer:
     args = parse_train_args(["--dataset", "sklearn/digits", "--device", "cpu", *argv])
     task = GramianTask(model, nn.CrossEntropyLoss(), ga_lam=args.ga_lam, device=CPU, verbose=False)
@@ -195,8 +192,6 @@ def test_the_head_is_exempt_from_adaptive_clipping() -> None:
     clipped = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
     assert clipped == {id(p) for p in model.stem.parameters()}
 
-
-# --- evaluation ---
 
 SAMPLES, BRANCHES, CLASSES = 23, 4, 7
 

@@ -1,7 +1,6 @@
 """--early-stop-epochs: when a run ends, what it leaves behind, and that a resume agrees."""
 
 import csv
-import importlib.util
 import os
 import subprocess
 import sys
@@ -19,14 +18,6 @@ from qna_timm.training.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 NAN = float("nan")
-
-
-@pytest.fixture
-def train() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def digits(output: Path, *argv: str) -> list[str]:

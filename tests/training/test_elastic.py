@@ -11,7 +11,7 @@ import json
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import pytest
 import torch
 from kill_phases import Phases, Strike
 from kill_trials import EVERYTHING, Case, flags_of
-from killing import Run, any_ended, contents, differing, load_train, to_the_end
+from killing import Run, any_ended, contents, differing, to_the_end
 from torch import Tensor
 
 from qna_timm.training.distributed import Processes
@@ -30,19 +30,6 @@ from qna_timm.training.packing import pack
 from qna_timm.training.shards import ShardPlan
 from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, load_state, read_state_header
 from qna_timm.training.task import TrainTask
-
-
-@pytest.fixture(scope="module")
-def train() -> ModuleType:
-    return load_train()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Part(NamedTuple):

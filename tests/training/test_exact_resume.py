@@ -3,36 +3,22 @@
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from faulty_runs import without_drawing
 from kill_phases import PHASES, Phases
 from kill_trials import CASES, Case, Trials, flags_of, strikes_everywhere
-from killing import Run, contents, differing, load_train, to_the_end
+from killing import Run, contents, differing, to_the_end
 
 from qna_timm.training.loop import Trainer
 from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, read_state_header
 
 # Cases that are also killed by the clock; scripts/stress.sh does that to all, many times.
 TIMED = ("vit", "vit, ranks", "resnet, workers")
-
-
-@pytest.fixture(scope="module")
-def train() -> ModuleType:
-    return load_train()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", CASES)

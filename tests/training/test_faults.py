@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,7 @@ from faulty_runs import (
     tensors_in,
     without_drawing,
 )
-from killing import Run, contents, differing, load_train, to_the_end
+from killing import Run, contents, differing, to_the_end
 
 from qna_timm.training import loop, run
 from qna_timm.training.checkpoint import read_metadata
@@ -40,18 +40,7 @@ FOLDER = Path("a")
 LOG = Path("log")
 
 
-@pytest.fixture(scope="module")
-def train() -> Iterator[ModuleType]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load_train()
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that are compared have the same arguments, ``--output`` among them."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
 Kept = Callable[..., dict[str, str]]
@@ -102,9 +91,6 @@ def failure_in(text: str) -> str:
     (line,) = [line for line in text.splitlines() if line.startswith("train.py: failed")]
     assert "Traceback" not in text
     return line
-
-
-# --- numbers that are none ---
 
 
 def test_stop_before_a_bad_update(train: ModuleType, undisturbed: Kept) -> None:
@@ -263,9 +249,6 @@ def test_nan_metric_is_never_best(train: ModuleType) -> None:
     assert [row["eval_top1"] == "nan" for row in summary()] == [True, False, True]
 
 
-# --- two runs in a folder ---
-
-
 @pytest.mark.parametrize("resume", ["auto", ""])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_second_run_is_refused(processes: int, resume: str, train: ModuleType) -> None:
@@ -309,9 +292,6 @@ def test_killed_runs_are_in_nobodys_way(train: ModuleType, undisturbed: Kept) ->
         assert (FOLDER / ".lock").is_file(), "it held the lock"
     to_the_end(train, argv, LOG, 2, prepare=without_drawing)
     assert different(undisturbed("-j", "1", processes=2)) == []
-
-
-# --- a mistake of one process ---
 
 
 def test_mistake_on_one_machine_is_told_by_it(train: ModuleType) -> None:

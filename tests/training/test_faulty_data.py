@@ -4,15 +4,14 @@ import csv
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from faulty_runs import without_drawing
-from killing import Run, contents, differing, load_train, to_the_end
+from killing import Run, contents, differing, to_the_end
 from PIL import Image
 
 from qna_timm.training import loop
@@ -22,14 +21,6 @@ FOLDER, LOG = Path("a"), Path("log")
 BAD_TRAIN = {"ant/03.png": "OSError", "bee/07.jpg": "FileNotFoundError", "bee/11.jpg": "Unident"}
 BAD_VALIDATION = "bee/02.jpg"
 UPDATES = 5  # of 8 images, all of an epoch's
-
-
-@pytest.fixture(scope="module")
-def train() -> Iterator[ModuleType]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load_train()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -5,15 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from faulty_runs import FullDisk, flags, without_drawing
-from killing import ROOT, Run, contents, differing, load_train, to_the_end
+from killing import ROOT, Run, contents, differing, to_the_end
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qna_timm.training.checkpoint import read_weights
@@ -23,17 +22,7 @@ from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, load_state
 FOLDER, LOG = Path("a"), Path("log")
 
 
-@pytest.fixture(scope="module")
-def train() -> Iterator[ModuleType]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load_train()
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
 @pytest.fixture(scope="module")

@@ -64,9 +64,6 @@ def calls(folder: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
-# --- multinode.sh ---
-
-
 @pytest.mark.parametrize(
     "argv, told",
     [
@@ -127,9 +124,6 @@ def test_two_machines_on_one(tmp_path: Path) -> None:
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert (tmp_path / "out" / "pair" / "last.state.safetensors").is_file()
     assert sum("16 images per process x 2 process(es)" in errors for _, errors in outputs) == 1
-
-
-# --- train.sbatch ---
 
 
 def sbatch(folder: Path, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -72,9 +72,6 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del os.environ[name]
 
 
-# --- finding each other ---
-
-
 def test_alone_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert join_processes("cpu") == Processes(CPU)
     # A command in a job's script sees the job's tasks, but is not one of them.
@@ -139,9 +136,6 @@ def test_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
         join_processes("cpu", timedelta(seconds=2))
 
 
-# --- devices ---
-
-
 @pytest.mark.parametrize("local_rank, by_slurm, index", [(2, False, 2), (0, True, 0), (None, 0, 1)])
 def test_device_of_a_process(
     local_rank: int | None, by_slurm: bool, index: int, monkeypatch: pytest.MonkeyPatch
@@ -169,9 +163,6 @@ def test_device_that_is_not_there() -> None:
         join_processes("cuda")
     with pytest.raises(UsageError, match="--device gpu: "):
         join_processes("gpu")
-
-
-# --- agreeing ---
 
 
 def test_flags_of_one_process() -> None:
@@ -222,9 +213,6 @@ def test_leaving_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(dist, "destroy_process_group", lambda: release.wait(60))
     leave_processes()
     release.set()
-
-
-# --- SLURM's words ---
 
 
 @pytest.mark.parametrize(

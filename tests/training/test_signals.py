@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from killing import ROOT, Run, contents, differing, free_port, load_train, to_the_end
+from killing import ROOT, Run, contents, differing, free_port, to_the_end
 
 from qna_timm.training import curves, files, loop
 from qna_timm.training.resume import Position
@@ -26,18 +26,7 @@ UPDATES = 3  # of each of the two epochs
 SECONDS = 30  # in which a stopped run has to be gone
 
 
-@pytest.fixture(scope="module")
-def train() -> Iterator[ModuleType]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load_train()
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that are compared have the same arguments, ``--output`` among them."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
 def flags(*argv: str) -> list[str]:
@@ -73,9 +62,6 @@ def undisturbed(
         return done[processes]
 
     return run
-
-
-# --- where a signal comes ---
 
 
 class Sender:
@@ -206,9 +192,6 @@ def test_signal_when_all_is_done(
     assert differing(contents(tmp_path / "a"), undisturbed(processes)) == []
 
 
-# --- launchers ---
-
-
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
 
@@ -294,9 +277,6 @@ def test_signal_before_anything_is_imported() -> None:
         assert process.wait(120) == (0 if signum == signal.SIGUSR1 else 130)
         assert Path(signum.name).read_text() == f"warning: stopped by {signum.name}\n"
     assert not Path("a").exists()
-
-
-# --- the handler ---
 
 
 def test_signals_are_obeyed_at_once_or_wait() -> None:

@@ -43,9 +43,6 @@ def first_batch(dataset: torch.utils.data.Dataset, args: Namespace, channels: in
     return train, plain
 
 
-# --- CIFAR ---
-
-
 def write_cifar(root: Path, classes: int) -> None:
     """Ten training and four test images: red is the label, green the number of the image."""
 
@@ -107,9 +104,6 @@ def test_cifar_with_a_held_out_part_is_never_tested(tmp_path: Path) -> None:
     assert sorted(numbers[0] + numbers[1]) == list(range(10))
 
 
-# --- MNIST ---
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_mnist(channels: int, tmp_path: Path) -> None:
     raw = tmp_path / "MNIST" / "raw"
@@ -132,9 +126,6 @@ def test_mnist(channels: int, tmp_path: Path) -> None:
     _, (plain, labels) = first_batch(held_out, args, channels)
     expected = ((labels + 1) * 20 / 255)[:, None, None, None].expand(4, channels, 32, 32)
     torch.testing.assert_close(plain, expected)
-
-
-# --- TinyImageNet ---
 
 
 def write_tiny_imagenet(root: Path) -> Path:

@@ -1,7 +1,6 @@
 """Models with learned windows in train.py: what a run writes, processes, flags, mistakes."""
 
 import csv
-import importlib.util
 import os
 import subprocess
 import sys
@@ -29,14 +28,6 @@ ROOT = HERE.parents[1]
 FILES = ("summary.csv", "spans.csv")
 
 
-@pytest.fixture(scope="module")
-def train() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def digits(output: Path, *argv: str) -> list[str]:
     """A run of seconds; later flags go before these."""
     words = "--dataset sklearn/digits --model test_spans --img-size 32 -b 16 -j 0 --device cpu"
@@ -48,9 +39,6 @@ def digits(output: Path, *argv: str) -> list[str]:
 def table(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-# --- whole runs ---
 
 
 def test_spans_are_written_everywhere(train: ModuleType, tmp_path: Path) -> None:
@@ -182,9 +170,6 @@ def test_flags_go_with_spans(train: ModuleType, tmp_path: Path, name: str) -> No
         assert len(spans) == 2 and all(v.min() >= 0 and v.max() <= 1 for v in spans)
 
 
-# --- mistakes ---
-
-
 @pytest.mark.parametrize(
     ("flags", "pattern"),
     [
@@ -216,9 +201,6 @@ def test_authors_spelling(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("span_penalty: 0.01\n")
     assert parse_train_args([*base, "--config", str(recipe)]).span_penalty == 0.01
-
-
-# --- table and picture ---
 
 
 def rows_of(layers: int, heads: int, epochs: int = 3) -> list[dict]:

@@ -64,9 +64,6 @@ def set_spans(model: nn.Module, *values: float) -> None:
             layer.span.copy_(torch.tensor(values))
 
 
-# --- which models, and what their windows are ---
-
-
 def test_layers_have_their_names() -> None:
     assert list(span_layers(model_of())) == ["blocks.0", "blocks.1"]
     assert not has_spans(model_of(adaptive=False)) and has_spans(model_of())
@@ -82,9 +79,6 @@ def test_spans_are_told_in_pixels() -> None:
     assert task.spans() == {"blocks.0": told, "blocks.1": told}
     set_spans(model, 0.0, 0.0)
     assert task.spans()["blocks.0"] == {"span_px": [0.0, 0.0], "kernel": 5}, "the ramp alone"
-
-
-# --- objective ---
 
 
 def test_penalty_is_the_sum_of_fractions() -> None:
@@ -143,9 +137,6 @@ def test_accumulation_is_one_large_batch() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     assert metrics["loss_span"] == pytest.approx(priced, rel=1e-5)
     assert metrics["loss"] == pytest.approx(metrics["loss_class"] + priced, rel=1e-5)
-
-
-# --- bounds ---
 
 
 @pytest.mark.parametrize("value", [-0.5, 1.5])

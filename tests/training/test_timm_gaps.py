@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from faulty_runs import UPDATES, flags, without_drawing
-from killing import ROOT, Run, load_train, to_the_end
+from killing import ROOT, Run, to_the_end
 from timm.models import load_checkpoint, resume_checkpoint
 from timm.utils import CheckpointSaver
 
@@ -41,17 +41,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def train() -> Iterator[ModuleType]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load_train()
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
 def model(seed: int = 0) -> torch.nn.Module:
@@ -64,9 +54,6 @@ def timm_saver(net: torch.nn.Module) -> CheckpointSaver:
     optimizer = torch.optim.AdamW(net.parameters())
     args = Namespace(model=MODEL, lr=0.1)
     return CheckpointSaver(net, optimizer, args, checkpoint_dir="timm", recovery_dir="timm")
-
-
-# --- the three gaps ---
 
 
 def test_timm_resumes_the_next_epoch_from_the_middle_of_one() -> None:
@@ -144,9 +131,6 @@ def test_nan_is_never_ours(tmp_path: Path) -> None:
     assert read_metadata(tmp_path / "best.safetensors")["metric"] == 90.0
 
 
-# --- files of one loaded by the other ---
-
-
 def test_timms_checkpoint_starts_our_run(train: ModuleType) -> None:
     net = model(3)
     timm_saver(net).save_checkpoint(0, metric=1.0)
@@ -168,9 +152,6 @@ def test_our_weights_load_in_timm(train: ModuleType) -> None:
         for net in (loaded, created):
             state = net.state_dict()
             assert all(torch.equal(weights[key], state[key]) for key in weights)
-
-
-# --- hostile files ---
 
 
 class Attack:

@@ -1,0 +1,208 @@
+"""The loop's arithmetic: accumulation, clipping, skipped steps, rates, losses, views."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qna_timm.training import loop
+from qna_timm.training.distributed import Processes
+from qna_timm.training.errors import UsageError
+from qna_timm.training.optim import create_schedule, learning_rate
+from qna_timm.training.precision import Precision
+from qna_timm.training.recipe import parse_train_args
+from qna_timm.training.task import TrainTask, create_loss
+from qna_timm.training.tta import AveragedViews
+from qna_timm.training.updates import num_updates
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def trainer_for(
+    model: nn.Module, *argv: str, task_class: type = TrainTask
+) -> tuple[loop.Trainer, Namespace]:
+    args = parse_train_args(["--dataset", "sklearn/digits", "--device", "cpu", *argv])
+    task = task_class(model, nn.CrossEntropyLoss(), device=CPU, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr or 0.1)
+    precision = Precision(args, CPU)
+    processes = Processes(CPU)
+    trainer = loop.Trainer(
+        task, optimizer, None, args=args, processes=processes, precision=precision
+    )
+    return trainer, args
+
+
+def batches(count: int, size: int = 4) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(size, 5, generator=generator),
+            torch.randint(3, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    model.get_classifier = lambda: model
+    return model
+
+
+def test_accumulation_is_exact_at_the_tail() -> None:
+    data, model, expected = batches(7), linear(), linear()
+    trainer, _ = trainer_for(model, "--grad-accum-steps", "4", "--lr", "0.1")
+    metrics = trainer.train_epoch(data, 0, "train")
+    assert trainer.num_updates == 2
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    losses = []
+    for group in (data[:4], data[4:]):
+        images, labels = (torch.cat(parts) for parts in zip(*group, strict=True))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(expected(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append((loss.item(), len(images)))
+    torch.testing.assert_close(model.weight, expected.weight, rtol=0, atol=1e-6)
+    mean = sum(loss * n for loss, n in losses) / 28
+    assert metrics["loss"] == pytest.approx(mean, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "accumulation", "max_steps", "updates"),
+    [(7, 4, None, 2), (8, 4, None, 2), (3, 4, None, 1), (7, 1, 5, 5), (7, 3, 2, 2), (7, 3, 9, 3)],
+)
+def test_number_of_updates(
+    count: int, accumulation: int, max_steps: int | None, updates: int
+) -> None:
+    argv = ["--grad-accum-steps", str(accumulation)]
+    argv += ["--max-steps", str(max_steps)] if max_steps else []
+    trainer, args = trainer_for(linear(), *argv)
+    assert num_updates(args, count) == updates
+    trainer.train_epoch(batches(count), 0, "train")
+    assert trainer.num_updates == updates
+    trainer.train_epoch(batches(count), 5, "train")
+    assert trainer.num_updates == 6 * updates, "the count follows the epoch, as after a resume"
+
+
+class TwoLosses(TrainTask):
+    """A task with a penalty and a clamp, as other model families need."""
+
+    steps = 0
+
+    def loss_parts(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        penalty = self.get_trainable_module().weight.abs().mean()
+        return {**super().loss_parts(output, target), "penalty": 0.5 * penalty}
+
+    def post_step(self) -> None:
+        self.steps += 1
+        with torch.no_grad():
+            self.get_trainable_module().weight.clamp_(-0.01, 0.01)
+
+
+def test_task_hooks() -> None:
+    model = linear()
+    trainer, _ = trainer_for(model, "--grad-accum-steps", "2", task_class=TwoLosses)
+    trainer.task.setup_ema(decay=0.0)
+    metrics = trainer.train_epoch(batches(5), 0, "train")
+    assert trainer.task.steps == 3
+    assert model.weight.abs().max() <= 0.01
+    averaged = trainer.task.get_trainable_module(ema=True).module
+    assert torch.equal(averaged.weight, model.weight), "averaged after the clamp"
+    assert not averaged.training
+    assert metrics["loss"] == pytest.approx(metrics["loss_class"] + metrics["loss_penalty"])
+
+
+def test_skipped_step_is_no_step() -> None:
+    """float16: gradients that overflow skip the update, the hook and the average."""
+    model = linear()
+    before = model.weight.clone()
+    trainer, _ = trainer_for(model, "--amp", task_class=TwoLosses)
+    images, labels = batches(1)[0]
+    trainer.train_epoch([(images * 1e3, labels)], 0, "train")
+    assert torch.equal(model.weight, before)
+    assert trainer.task.steps == 0 and trainer.num_updates == 1
+    trainer.train_epoch([(images, labels)], 1, "train")
+    assert trainer.task.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "bound"), [("norm", 1e-3), ("value", 1e-3 * 15**0.5), ("agc", None)]
+)
+def test_clipping(mode: str, bound: float | None) -> None:
+    model = nn.Sequential(linear(), nn.ReLU(), nn.Linear(3, 3))
+    model.get_classifier = lambda: model[2]
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer, _ = trainer_for(model, "--clip-grad", "1e-3", "--clip-mode", mode, "--lr", "1")
+    images, labels = batches(1)[0]
+    trainer.train_epoch([(images * 100, labels)], 0, "train")
+    moved = [(p.detach() - b).norm() for p, b in zip(model.parameters(), before, strict=True)]
+    if bound is not None:
+        assert all(distance <= bound * 1.01 for distance in moved)
+    else:
+        rows = before[0].norm(dim=1)
+        assert (moved[0] <= 1e-3 * rows.norm() * 1.01) and moved[2] > 1e-2, "the head is exempt"
+
+
+def test_labels_beyond_the_model_are_told() -> None:
+    """In data that does not name its classes they are seen only when they come."""
+    data = [(torch.zeros(4, 5), torch.tensor([0, 1, 2, 3]))]
+    loader = type("Loader", (list,), {"dataset": object()})(data)
+    model = linear()
+    model.num_classes = 3
+    trainer, _ = trainer_for(model)
+    with pytest.raises(UsageError, match=r"the label 3, but the model only 3 .*--num-classes 4"):
+        trainer.train_epoch(loader, 0, "train")
+
+
+def test_learning_rate_scaling() -> None:
+    base = ["--dataset", "sklearn/digits", "--device", "cpu", "--lr-base", "0.1"]
+    for argv, expected in [
+        (["--opt", "sgd"], 0.4),
+        (["--opt", "adamw"], 0.2),
+        (["--opt", "lamb"], 0.2),
+        (["--opt", "adamw", "--lr-base-scale", "linear"], 0.4),
+        (["--opt", "sgd", "--lr-base-size", "1024"], 0.1),
+        (["--opt", "sgd", "--lr", "7"], 7),
+    ]:
+        args = parse_train_args([*base, *argv])
+        assert learning_rate(args, 1024)[0] == pytest.approx(expected)
+
+
+def test_schedule_none_and_prefix() -> None:
+    base = ["--dataset", "sklearn/digits", "--device", "cpu", "--epochs", "10"]
+    optimizer = torch.optim.SGD(linear().parameters(), lr=0.1)
+    assert create_schedule(parse_train_args([*base, "--sched", "none"]), optimizer, 5) == (None, 10)
+    args = parse_train_args(
+        [*base, "--warmup-prefix", "--warmup-epochs", "2", "--cooldown-epochs", "3"]
+    )
+    assert create_schedule(args, optimizer, 5)[1] == 15
+
+
+def test_losses_follow_the_flags() -> None:
+    base = ["--dataset", "sklearn/digits", "--device", "cpu"]
+    for argv, name in [
+        ([], "LabelSmoothingCrossEntropy"),
+        (["--smoothing", "0"], "CrossEntropyLoss"),
+        (["--mixup", "0.1"], "SoftTargetCrossEntropy"),
+        (["--cutmix-minmax", "0.2", "0.8"], "SoftTargetCrossEntropy"),
+        (["--bce-loss", "--bce-sum", "--bce-target-thresh", "0.2"], "BinaryCrossEntropy"),
+        (["--jsd-loss", "--aug-splits", "3"], "JsdCrossEntropy"),
+    ]:
+        assert type(create_loss(parse_train_args([*base, *argv]))).__name__ == name
+
+
+def test_views_are_averaged() -> None:
+    model = nn.Flatten()
+    images = torch.randn(2, 1, 16, 16)
+    flat = AveragedViews(model, 2, mirror=True)(images)
+    torch.testing.assert_close(flat, ((images + images.flip(-1)) / 2).flatten(1))
+    assert AveragedViews(model, 10, mirror=True)(images).shape == (2, 256)
+    shifted = AveragedViews(model, 2, mirror=False)(torch.ones(1, 1, 16, 16))
+    assert torch.equal(shifted, torch.ones(1, 256))
+    with pytest.raises(UsageError, match="--tta 6: at most 5"):
+        AveragedViews(model, 6, mirror=False)
