@@ -1,0 +1,229 @@
+"""Triton kernels of learned-query attention; `test_qna_triton.py` runs these cases.
+
+Not collected by itself: without a GPU they need Triton's interpreter, which must be chosen before
+triton is imported, and another test may have imported it.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_ops import error, make_inputs, to
+from torch import Tensor
+
+from qna_timm.ops import qna_attention_reference, qna_triton
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+pytestmark = pytest.mark.filterwarnings(
+    # numpy's words on positions off the map, computed and thrown away
+    "ignore:invalid value encountered:RuntimeWarning",
+    "ignore:divide by zero encountered:RuntimeWarning",
+)
+
+
+@pytest.fixture(autouse=True)
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs: the interpreter takes as long for a small block as for a large one."""
+    monkeypatch.setattr(qna_triton, "BLOCK_BYTES", 1 << 14)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does not write is NaN."""
+
+    def empty(*shape: int | torch.Size, **options: object) -> Tensor:
+        return torch.full(shape[0] if len(shape) == 1 else shape, float("nan"), **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def run(tensors: list[Tensor | None], args: tuple, direction: Tensor) -> list[Tensor]:
+    """Output and every gradient of the kernels, on CPU."""
+    inputs = [None if x is None else x.to(DEVICE) for x in tensors]
+    assert qna_triton.unsupported(*inputs, *args) is None
+    out, lse = qna_triton.forward(*inputs, *args)
+    grad = direction.to(DEVICE, out.dtype)
+    grads = qna_triton.backward(grad, *inputs, out, lse, *args)
+    assert all((x is None) == (g is None) for x, g in zip(inputs, grads, strict=True))
+    for x, g in zip(inputs, grads, strict=True):
+        assert x is None or (g.shape == x.shape and g.dtype == x.dtype and g.is_contiguous())
+    return [x.cpu() for x in (out, *grads) if x is not None]
+
+
+def expect(tensors: list[Tensor | None], args: tuple, direction: Tensor) -> list[Tensor]:
+    """The same from the reference, in float64."""
+    leaves = [None if x is None else x.double().requires_grad_() for x in tensors]
+    out = qna_attention_reference(*leaves, *args)
+    given = [x for x in leaves if x is not None]
+    return [out.detach(), *torch.autograd.grad((out * direction).sum(), given)]
+
+
+def direction_of(tensors: list[Tensor | None], args: tuple) -> Tensor:
+    out = qna_attention_reference(*to(tensors, torch.float32), *args)
+    gen = torch.Generator().manual_seed(1)
+    return torch.randn(out.shape, generator=gen, dtype=torch.float64)
+
+
+def compare(tensors: list[Tensor | None], args: tuple, limits: tuple[float, float]) -> None:
+    """Output by its maximum, gradients by their norm; what is nothing, to 1e-6."""
+    direction = direction_of(tensors, args)
+    found = run(to(tensors, torch.float32), args, direction)
+    wanted = expect(to(tensors, torch.float32), args, direction)
+    assert error(found[0], wanted[0]) <= limits[0]
+    for f, w in zip(found[1:], wanted[1:], strict=True):
+        assert (f.double() - w).norm() <= limits[1] * w.norm() + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("size", "tables"),
+    [
+        ("odd-map", "both"),
+        ("odd-map", "no-bias"),
+        ("odd-map", "no-weight"),
+        ("odd-map", "weight-per-query"),
+        ("stride-2", "weight-per-query"),
+        ("kernel-over-map", "both"),
+        ("even-kernel", "both"),
+        ("whole-map", "no-bias"),
+        ("one-token", "both"),
+        ("odd-channels", "no-weight"),
+    ],
+)
+def test_matches_reference(size: str, tables: str) -> None:
+    tensors, args = make_inputs(size, tables, batch=1 if size == "kernel-over-map" else 2)
+    compare(tensors, args, (1e-5, 1e-5))
+
+
+def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also several to a program that sums for the tables, and partial sums of several programs."""
+    monkeypatch.setattr(qna_triton, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(qna_triton, "TABLE_PROGRAMS", 10)
+    tensors, args = make_inputs("odd-map", batch=1)
+    compare(tensors, args, (1e-5, 1e-5))
+
+
+def tower(tensors: list[Tensor | None], scale: float) -> None:
+    """Scores of +-scale, and in one image a token that towers over all others."""
+    scores = tensors[0] / tensors[0].abs().max() * scale
+    scores[0, 0, 0] = scale
+    scores[1] = scores[1].clamp(max=-scale / 2)
+    scores[1, 2, 2] = scale
+    tensors[0] = scores.float().double()
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e4])
+def test_large_scores(scale: float) -> None:
+    tensors, args = make_inputs("odd-map")
+    tower(tensors, scale)
+    compare(tensors, args, (1e-4, 1e-3))
+
+
+def test_wide_bias_and_common_offset() -> None:
+    tensors, args = make_inputs("odd-map", batch=1)
+    tensors[0] = (tensors[0] - 1e4).float().double()
+    tensors[2] = (tensors[2] * 1e3).float().double()
+    compare(tensors, args, (1e-4, 1e-3))
+
+
+def test_not_a_number_stays_where_it_is() -> None:
+    """A NaN score spoils the windows that see it and no other."""
+    tensors, args = make_inputs("odd-map", batch=1)
+    direction = direction_of(tensors, args)
+    tensors[0][0, 0, 0, 0, 0] = float("nan")
+    out = run(to(tensors, torch.float32), args, direction)[0]
+    finite = out.isfinite().all(dim=3)[0]
+    assert not finite[:2, :2].any() and finite[2:].all() and finite[:, 2:].all()
+
+
+def in_low_precision(
+    scores: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    kernel_size: tuple[int, int],
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """The formula by unfolding, every step in the type of its arguments."""
+    p = padding
+    scores = F.pad(scores, [0, 0, 0, 0, p, p, p, p], value=float("-inf"))
+    value = F.pad(value.unflatten(3, (bias.shape[2], -1)), [0, 0, 0, 0, p, p, p, p])
+    scores, value = (  # B, Y, X, ..., K
+        x.unfold(1, kernel_size[0], stride).unfold(2, kernel_size[1], stride).flatten(-2)
+        for x in (scores, value)
+    )
+    attn = (scores + bias.permute(1, 2, 0)).softmax(dim=-1) * weight.permute(1, 2, 0)
+    return (attn.unsqueeze(5) * value.unsqueeze(3)).sum(dim=-1).sum(dim=3).flatten(3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision(dtype: torch.dtype) -> None:
+    """At most twice the error of the formula in that type, and its rounding: mean and maximum."""
+    tensors, args = make_inputs("odd-map")
+    direction = direction_of(tensors, args).to(dtype).double()
+    wanted = expect(tensors, args, direction)
+    single = to(tensors, torch.float32)
+    found = run([single[0], tensors[1].to(dtype), *single[2:]], args, direction)
+    leaves = [x.to(dtype).requires_grad_() for x in tensors]
+    plain = in_low_precision(*leaves, *args)
+    plain = [plain, *torch.autograd.grad((plain * direction.to(dtype)).sum(), leaves)]
+    assert found[0].dtype == dtype
+    for f, p, w in zip(found, plain, wanted, strict=True):
+        ours, theirs = (f.double() - w).abs(), (p.double() - w).abs()
+        rounding = torch.finfo(dtype).eps * w.abs()
+        assert ours.max() <= 2 * theirs.max() + rounding.max()
+        assert ours.mean() <= 2 * theirs.mean() + rounding.mean()
+
+
+def test_layouts() -> None:
+    """Transposed, strided, sliced and NCHW inputs give the bits that contiguous ones give."""
+    tensors, args = make_inputs("odd-map")
+    single = to(tensors, torch.float32)
+    direction = direction_of(tensors, args)
+    wanted = run(single, args, direction)
+    views = (
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
+        lambda x: x.flatten(3).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1).view_as(x),
+    )
+    for view in views:
+        maps = [view(x) for x in single[:2]]
+        assert not any(x.is_contiguous() for x in maps)
+        found = run([*maps, *single[2:]], args, view(direction))
+        for f, w in zip(found, wanted, strict=True):
+            assert torch.equal(f, w)
+
+
+def test_many_heads_and_a_broad_head() -> None:
+    """Several blocks of heads, the last one in part; and a head of more channels than a block."""
+    gen = torch.Generator().manual_seed(0)
+    for heads, head_dim in ((11, 8), (2, 65)):
+        shapes = ((1, 3, 3, 1, heads), (1, 3, 3, heads * head_dim), (9, 1, heads), (9, 1, heads))
+        tensors = [torch.randn(shape, generator=gen, dtype=torch.float64) for shape in shapes]
+        compare(tensors, ((3, 3), 1, 1), (1e-5, 1e-5))
+
+
+def test_oblong_window() -> None:
+    gen = torch.Generator().manual_seed(0)
+    shapes = ((1, 5, 6, 2, 2), (1, 5, 6, 8), (10, 2, 2), (1, 2, 2))
+    tensors = [torch.randn(shape, generator=gen, dtype=torch.float64) for shape in shapes]
+    compare(tensors, ((2, 5), 1, 1), (1e-5, 1e-5))
+
+
+def test_empty_batch() -> None:
+    tensors, args = make_inputs("odd-map")
+    single = to(tensors, torch.float32)
+    maps = [x[:0] for x in single[:2]]
+    out, *grads = run([*maps, *single[2:]], args, torch.zeros(0, 5, 7, 12))
+    assert out.shape == (0, 5, 7, 12) and not any(g.any() for g in grads)
+
+
+def test_what_is_unsupported() -> None:
+    tensors, args = make_inputs("odd-map")
+    single = [x.to(DEVICE) for x in to(tensors, torch.float32)]
+    assert "float64" in qna_triton.unsupported(single[0], single[1].double(), None, None, *args)
+    assert "float64" in qna_triton.unsupported(single[0].double(), single[1], None, None, *args)
+    broad = single[1].new_empty(1, 5, 7, 3 * 512)
+    assert "512 channels" in qna_triton.unsupported(single[0], broad, None, None, *args)

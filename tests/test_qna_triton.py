@@ -1,0 +1,56 @@
+"""Triton kernels of learned-query attention: their cases in the interpreter, and compilation."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ahead_of_time import compile_launch, record_launches, resources
+
+from qna_timm.ops import qna_triton
+
+CASES = Path(__file__).parent / "qna_triton_cases.py"
+
+
+def run_cases(environment: dict[str, str]) -> None:
+    """In a process of its own: whether triton interprets is settled when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    found = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_cases_in_the_interpreter() -> None:
+    run_cases({"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cases_on_the_gpu() -> None:
+    run_cases({"TRITON_INTERPRET": "0"})
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_compile(dtype: torch.dtype, capability: int) -> None:
+    """Down to machine code, with the arguments that the launchers give, and without spilling."""
+    scores, value = torch.empty(2, 14, 14, 2, 8), torch.empty(2, 14, 14, 64, dtype=dtype)
+    table, window = torch.empty(9, 2, 8), ((3, 3), 1, 1)
+
+    def call() -> None:
+        out, lse = qna_triton.forward(scores, value, table, table, *window)
+        qna_triton.backward(out, scores, value, table, table, out, lse, *window)
+
+    launches = record_launches(qna_triton, call)
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == ["forward_kernel", "delta_kernel", "token_kernel", "table_kernel"]
+    for launch in launches:
+        assert resources(compile_launch(launch, capability)).spilled == 0
+
+
+def test_needs_a_gpu() -> None:
+    scores, value = torch.empty(1, 3, 3, 1, 1), torch.empty(1, 3, 3, 4)
+    assert "on cpu" in qna_triton.unsupported(scores, value, None, None, (3, 3), 1, 1)
