@@ -13,26 +13,33 @@ float32 (bfloat16 under autocast on a GPU). Forms:
                float64 Gram while training with fewer than 128 images, numpy index
 
 One process, rounds interleaved: medians of wall time with quartiles, and of processor time, which
-neighbours on a busy machine disturb less; peak memory of what a round allocates. "forward" is
-evaluation without gradients, "step" a training forward and backward, the map's gradient included;
-with one image all batch norms use running statistics, as the reference could not train otherwise.
---models adds whole networks, ga_convnext_tiny against timm's convnext_tiny; --profile prints
-where the step of each form spends its time.
+neighbours on a busy machine disturb less; peak memory of a call in a process of its own. "forward"
+is evaluation without gradients, "step" a training forward and backward, the map's gradient
+included; with one image all batch norms use running statistics, as the reference could not train
+otherwise. --models adds whole networks, ga_convnext_tiny against timm's convnext_tiny; --profile
+prints where the step of each form spends its time.
 """
 
 import argparse
-import csv
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
+from measuring import compare
+from reporting import (
+    Row,
+    parse_arguments,
+    print_header,
+    print_profile,
+    print_row,
+    provenance,
+    speedup_columns,
+    write_csv,
+)
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import qna_timm  # noqa: F401  registers the models
 from qna_timm.layers.gramian_head import GramianHead
@@ -42,6 +49,9 @@ from gramian_reference import ReferenceHead
 
 FEATURES, CLASSES, BRANCHES, SIZE = 688, 1000, 5, 14
 MODES = ("forward", "step")
+FORMS = ("batched", "branches", "reference")
+MODELS = ("convnext_tiny", "ga_convnext_tiny")
+QUICK = {"batches": [1], "rounds": 1}
 
 
 class OneByOne(nn.Module):
@@ -55,173 +65,88 @@ class OneByOne(nn.Module):
         return torch.stack([head(x) for head in self.heads], dim=1)
 
 
-def make_forms() -> dict[str, nn.Module]:
-    """Head stages by name."""
+def make_form(name: str) -> nn.Module:
+    """A head stage or a network by name."""
     torch.manual_seed(0)
-    batched = GramianHead(FEATURES, CLASSES, BRANCHES)
-    batched.branch_outputs = True
-    reference = ReferenceHead(FEATURES, CLASSES, BRANCHES)
-    return {"batched": batched, "branches": OneByOne(), "reference": reference}
+    if name == "batched":
+        head = GramianHead(FEATURES, CLASSES, BRANCHES)
+        head.branch_outputs = True
+        return head
+    if name == "branches":
+        return OneByOne()
+    if name == "reference":
+        return ReferenceHead(FEATURES, CLASSES, BRANCHES)
+    return timm.create_model(name)
 
 
-def make_call(module: nn.Module, x: Tensor, mode: str, amp: bool) -> Callable[[], None]:
-    """One round: a forward pass, or a training forward and backward."""
+def make_call(name: str, mode: str, batch: int, device: str) -> Callable[[], None]:
+    """The call to measure: a forward pass, or a training forward and backward."""
+    module = make_form(name).to(device).train(mode == "step")
+    if name in FORMS:
+        x = torch.randn(batch, FEATURES, SIZE, SIZE, device=device, requires_grad=True)
+    else:
+        x = torch.randn(batch, 3, 224, 224, device=device)
+    if batch == 1:  # which plain batch norms refuse
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.eval()
 
     def forward() -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=device != "cpu"):
             logits = module(x)
         return torch.stack(logits, dim=1) if isinstance(logits, list) else logits
 
     def step() -> None:
-        module.train().zero_grad(set_to_none=True)
-        if len(x) == 1:  # which plain batch norms refuse
-            for norm in module.modules():
-                if isinstance(norm, nn.BatchNorm2d):
-                    norm.eval()
-        x.grad = None
         forward().float().square().mean().backward()
+        module.zero_grad(set_to_none=True)
+        x.grad = None
 
-    def evaluate() -> None:
-        module.eval()
-        with torch.no_grad():
-            forward()
-
-    return step if mode == "step" else evaluate
+    return step if mode == "step" else torch.no_grad()(forward)
 
 
-def synchronize(device: str) -> None:
-    """Wait for the GPU."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def peak_memory(call: Callable[[], None], device: str) -> float:
-    """Most memory that a call holds at a time beyond what was there before, in MiB."""
-    if device != "cpu":
-        synchronize(device)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        synchronize(device)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    events = record.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak / 2**20
-
-
-def measure(calls: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list]:
-    """(wall, processor) milliseconds of each round, forms taking turns after a warm-up each."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            synchronize(device)
-            wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            synchronize(device)
-            spent = 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
-            if turn:
-                times[name].append(spent)
-    return times
-
-
-def rows_of(
-    forms: dict[str, nn.Module],
-    make_input: Callable[[], Tensor],
-    base: str,
-    batch: int,
-    args: argparse.Namespace,
-) -> list[dict]:
+def rows_of(names: Sequence[str], base: str, batch: int, args: argparse.Namespace) -> list[Row]:
     """A row for every form and mode; ratios are to the form named base."""
     rows = []
-    rounds = max(2, min(args.rounds, 64 // batch))
+    rounds = min(args.rounds, max(2, 64 // batch))
     for mode in MODES:
-        x = make_input()
-        calls = {
-            name: make_call(module, x, mode, args.device != "cpu") for name, module in forms.items()
-        }
-        times = measure(calls, rounds, args.device)
-        wall = {name: [pair[0] for pair in values] for name, values in times.items()}
-        cpu = {name: statistics.median(pair[1] for pair in v) for name, v in times.items()}
-        for name, call in calls.items():
-            low, median, high = statistics.quantiles(wall[name], n=4, method="inclusive")
-            row = dict(
-                form=name,
-                batch=batch,
-                mode=mode,
-                ms=round(median, 1),
-                quartiles=f"{low:.1f}-{high:.1f}",
-                cpu_ms=round(cpu[name], 1),
-                images_per_s=round(1e3 * batch / median, 1),
-                speedup=round(statistics.median(wall[base]) / median, 2),
-                cpu_speedup=round(cpu[base] / cpu[name], 2),
-                peak_mib=round(peak_memory(call, args.device), 1),
-            )
-            print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        makers = {name: partial(make_call, name, mode, batch, args.device) for name in names}
+        results = compare(makers, rounds, args.device)
+        for name, result in results.items():
+            row = {"form": name, "batch": batch, "mode": mode}
+            row.update(speedup_columns(result, results[base].timing))
+            row["images_per_s"] = round(1e3 * batch / row["ms"], 1) if row["ms"] else ""
+            print_row(row)
             rows.append(row)
     return rows
 
 
-def print_profiles(forms: dict[str, nn.Module], args: argparse.Namespace) -> None:
-    """Operators of a training step of each form, by their own time."""
-    x = torch.randn(8, FEATURES, SIZE, SIZE, device=args.device, requires_grad=True)
-    activities = [ProfilerActivity.CPU]
-    if args.device != "cpu":
-        activities.append(ProfilerActivity.CUDA)
-    for name, module in forms.items():
-        call = make_call(module, x, "step", args.device != "cpu")
-        call()
-        with profile(activities=activities) as record:
-            call()
-        key = "self_cpu_time_total" if args.device == "cpu" else "self_device_time_total"
-        print(f"\n{name}, batch 8, step")
-        print(record.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=40))
-
-
-def main() -> None:
-    """Measure, print, and write a CSV file if asked to."""
+def make_parser() -> argparse.ArgumentParser:
+    """Flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 128])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15, help="at most; fewer for large batches")
     parser.add_argument("--models", action="store_true", help="whole networks too, batch 8")
     parser.add_argument("--profile", action="store_true", help="print operators of a step")
-    parser.add_argument("--out", type=Path, help="CSV file to write")
-    args = parser.parse_args()
-    name = platform.processor() or platform.machine()
-    if args.device != "cpu":
-        name = torch.cuda.get_device_name()
-    print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads")
-    forms = {form: module.to(args.device) for form, module in make_forms().items()}
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, and write a CSV file if asked to."""
+    args = parse_arguments(make_parser(), QUICK, argv)
+    header = provenance(args)
+    print_header(header)
     rows = []
     for batch in args.batches:
-        shape = (batch, FEATURES, SIZE, SIZE)
-        rows += rows_of(
-            forms,
-            lambda shape=shape: torch.randn(shape, device=args.device, requires_grad=True),
-            "reference",
-            batch,
-            args,
-        )
+        rows += rows_of(FORMS, "reference", batch, args)
     if args.profile:
-        print_profiles(forms, args)
+        for name in FORMS:
+            print_profile(
+                f"{name}, batch 8, step", make_call(name, "step", 8, args.device), args.device
+            )
     if args.models:
-        names = ("convnext_tiny", "ga_convnext_tiny")
-        networks = {name: timm.create_model(name).to(args.device) for name in names}
-        rows += rows_of(
-            networks, lambda: torch.randn(8, 3, 224, 224, device=args.device), names[0], 8, args
-        )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        rows += rows_of(MODELS, MODELS[0], 8, args)
+    write_csv(args.out, rows, header)
 
 
 if __name__ == "__main__":

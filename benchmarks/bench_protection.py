@@ -14,19 +14,29 @@ for a new run and for one that goes on inside an epoch.
 """
 
 import argparse
-import csv
 import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import timm
 import torch
+from measuring import Timing, paired_ratio, quartiles, time_rounds
+from reporting import (
+    Row,
+    parse_arguments,
+    print_header,
+    print_row,
+    provenance,
+    quartile_text,
+    write_csv,
+)
 from torch import Tensor, nn
 
 import qna_timm  # noqa: F401  (registers its models)
@@ -41,6 +51,7 @@ from qna_timm.training.state_files import save_state
 from qna_timm.training.task import TrainTask
 
 ROOT = Path(__file__).resolve().parent.parent
+QUICK = {"models": ["test_vit"], "batch_size": 2, "rounds": 2, "starts": 1}
 
 
 class _Unwatched:
@@ -86,7 +97,7 @@ def make_trainer(model: str, bare: bool, device: torch.device) -> Trainer:
     return trainer
 
 
-def step_rows(model: str, args: argparse.Namespace) -> list[dict]:
+def step_rows(model: str, args: argparse.Namespace) -> list[Row]:
     """Seconds of a step of both kinds, and of saving."""
     device = torch.device(args.device)
     size = timm.get_pretrained_cfg(model).input_size
@@ -96,52 +107,50 @@ def step_rows(model: str, args: argparse.Namespace) -> list[dict]:
     )
     trainers = {"with": make_trainer(model, False, device)}
     trainers["without"] = make_trainer(model, True, device)
-    times: dict[str, list[float]] = {name: [] for name in trainers}
-    cpu_times: dict[str, list[float]] = {name: [] for name in trainers}
-    for turn in range(args.rounds + 2):
-        # the order changes: what runs second finds other things in the caches
-        for name in sorted(trainers, reverse=bool(turn % 2)):
-            start, cpu_start = time.perf_counter(), time.process_time()
-            trainers[name].train_epoch([batch], turn, name)
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            if turn > 1:
-                times[name].append(time.perf_counter() - start)
-                cpu_times[name].append(time.process_time() - cpu_start)
-    ratio, cpu_ratio = paired(times), paired(cpu_times)
-    rows = []
-    for name, seconds in times.items():
-        low, median, high = (1e3 * value for value in statistics.quantiles(seconds, n=4))
-        row = {"what": f"step of {model}, {name}", "ms": f"{median:.1f}"}
-        row["quartiles"] = f"{low:.1f}-{high:.1f}"
-        row["ratio"] = f"{ratio:.4f}" if name == "with" else ""
-        row["cpu_ratio"] = f"{cpu_ratio:.4f}" if name == "with" else ""
-        rows.append(row)
+    epochs = count()
+    timings = time_rounds(
+        {
+            name: lambda name=name, trainer=trainer: trainer.train_epoch(
+                [batch], next(epochs), name
+            )
+            for name, trainer in trainers.items()
+        },
+        args.rounds,
+        args.device,
+        turn_seconds=0,
+    )
+    rows = [step_row(model, name, timings) for name in trainers]
     return [*rows, save_row(model, trainers["with"])]
 
 
-def paired(times: dict[str, list[float]]) -> float:
-    """Median ratio of neighbours: what slows the machine down for a while falls out."""
-    pairs = zip(times["with"], times["without"], strict=True)
-    return statistics.median(a / b for a, b in pairs)
+def step_row(model: str, name: str, timings: dict[str, Timing]) -> Row:
+    """Time of a step, with its ratio to the other's where it is the protected one."""
+    wall = timings[name].wall
+    row = {"what": f"step of {model}, {name}", "ms": f"{quartiles(wall)[1]:.1f}"}
+    row.update(quartiles=quartile_text(wall), ratio="", cpu_ratio="")
+    if name == "with":
+        other = timings["without"]
+        row["ratio"] = f"{paired_ratio(wall, other.wall)[1]:.4f}"
+        row["cpu_ratio"] = f"{paired_ratio(timings[name].cpu, other.cpu)[1]:.4f}"
+    return row
 
 
-def save_row(model: str, trainer: Trainer) -> dict:
-    """Seconds of writing the state, and its share of the default interval."""
+def save_row(model: str, trainer: Trainer) -> Row:
+    """Milliseconds of writing the state, and its share of the default interval."""
     interval = parse_interval(trainer.args.checkpoint_interval).seconds
-    seconds = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "last.state.safetensors"
-        for _ in range(5):
-            start = time.perf_counter()
+
+        def save() -> None:
             save_state(path, collect_state(trainer, Position(), {}))
-            seconds.append(time.perf_counter() - start)
+
+        wall = time_rounds({"save": save}, 5, turn_seconds=0)["save"].wall
         size = path.stat().st_size / 1e6
-    low, median, high = (1e3 * value for value in statistics.quantiles(seconds, n=4))
+    median = statistics.median(wall)
     return {
         "what": f"state of {model}, {size:.0f} MB, every {interval:.0f} s",
         "ms": f"{median:.1f}",
-        "quartiles": f"{low:.1f}-{high:.1f}",
+        "quartiles": quartile_text(wall),
         "ratio": f"{1 + median / 1e3 / interval:.4f}",
         "cpu_ratio": "",
     }
@@ -165,7 +174,7 @@ def seconds_to_first_update(argv: list[str], number: int) -> float:
     raise RuntimeError("".join(lines[-5:]))
 
 
-def start_rows(rounds: int) -> list[dict]:
+def start_rows(rounds: int) -> list[Row]:
     """Seconds to the first update of new and of resumed runs, in turns."""
     words = "--dataset sklearn/digits --model test_vit --img-size 32 -b 16 -j 0 --device cpu"
     words += " --opt adamw --lr 1e-3 --epochs 3 --max-steps 80 --log-interval 1 --experiment a"
@@ -190,29 +199,30 @@ def start_rows(rounds: int) -> list[dict]:
     ]
 
 
-def main() -> None:
-    """Measure, print, and write a CSV file if asked to."""
+def make_parser() -> argparse.ArgumentParser:
+    """Flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["qna_vit_tiny", "resnet18"])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="CSV file to write")
-    args = parser.parse_args()
-    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, and write a CSV file if asked to."""
+    args = parse_arguments(make_parser(), QUICK, argv)
+    header = provenance(args)
+    print_header(header)
     rows = []
     for model in args.models:
         rows += step_rows(model, args)
     if args.starts:
         rows += start_rows(args.starts)
     for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    if args.out:
-        with open(args.out, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        print_row(row)
+    write_csv(args.out, rows, header)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """What one training step consists of: computing, summing gradients over processes, saving.
 
-    python benchmarks/bench_step.py [--model qna_vit_tiny] [--batch-size 8] [--device cpu]
+    python benchmarks/bench_step.py [--model qna_vit_tiny] [--batch-size 8] [--device cpu] \\
+        [--out benchmarks/results/NAME.csv]
 
 Prints medians with quartiles: forward, backward and update of one process in float32; writing and
 reading a state file with weights, their average and the optimizer; between two processes of this
@@ -12,19 +13,26 @@ GPUs is computed.
 
 import argparse
 import math
-import os
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from measuring import Call, time_rounds
+from reporting import (
+    Row,
+    parse_arguments,
+    print_header,
+    provenance,
+    quartile_text,
+    write_csv,
+)
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +41,7 @@ import qna_timm  # noqa: F401  (registers its models)
 from qna_timm.training.state_files import load_state, save_state
 
 MB, GB, MS, US = 1e6, 1e9, 1e-3, 1e-6
+QUICK = {"model": "test_vit", "batch_size": 2, "rounds": 1}
 
 # What --paper assumes. Parameters and seconds of a step on one H100; see docs/scaling.md.
 WORKLOADS = {
@@ -46,22 +55,16 @@ GPUS_PER_MACHINE, INNER_BANDWIDTH, INNER_LATENCY, LATENCY = 8, 300 * GB, 3 * US,
 BUCKET_BYTES = 25e6
 
 
-def spread(seconds: list[float]) -> str:
-    """Median and quartiles in milliseconds."""
-    low, middle, high = (1e3 * value for value in statistics.quantiles(seconds, n=4))
-    return f"{middle:.0f} ms ({low:.0f}-{high:.0f})"
+def time_row(what: str, call: Call, rounds: int, device: torch.device, digits: int = 0) -> Row:
+    """Median and quartiles of a call, in milliseconds."""
+    wall = time_rounds({what: call}, rounds, device.type, turn_seconds=0)[what].wall
+    median = f"{statistics.median(wall):.{digits}f}"
+    return {"what": what, "ms": median, "quartiles": quartile_text(wall, digits)}
 
 
-def time_calls(call: Callable[[], object], rounds: int, device: torch.device) -> list[float]:
-    """Seconds of each call after one to warm up."""
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return times[1:]
+def print_time(row: Row) -> None:
+    """A line of a time."""
+    print(f"{row['what']} {row['ms']} ms ({row['quartiles']})", flush=True)
 
 
 class Step:
@@ -104,14 +107,22 @@ def communicate(rank: int, args: argparse.Namespace, folder: str) -> None:
     step = Step(args, distributed=True)
     gradients = torch.zeros(sum(p.numel() for p in step.model.parameters()))
     flags = torch.zeros(3, dtype=torch.int32)
-    reduce = time_calls(lambda: dist.all_reduce(gradients), args.rounds, step.device)
-    agree = time_calls(lambda: dist.all_reduce(flags), 20, step.device)
-    whole = time_calls(step.compute, args.rounds, step.device)
-    if rank == 0:
-        print(f"gloo, 2 processes: all-reduce of {gradients.nbytes / MB:.1f} MB {spread(reduce)}")
-        print(f"gloo, 2 processes: all-reduce of 3 flags {1e3 * statistics.median(agree):.2f} ms")
-        print(f"gloo, 2 processes: step of {args.batch_size} images each {spread(whole)}")
+    name, images = "gloo, 2 processes:", args.batch_size
+    calls = (
+        (
+            f"{name} all-reduce of {gradients.nbytes / MB:.1f} MB",
+            partial(dist.all_reduce, gradients),
+        ),
+        (f"{name} all-reduce of 3 flags", partial(dist.all_reduce, flags)),
+        (f"{name} step of {images} images each", step.compute),
+    )
+    rows = [
+        time_row(what, call, args.rounds, step.device, 2 if "flags" in what else 0)
+        for what, call in calls
+    ]
     dist.destroy_process_group()
+    if rank == 0:
+        torch.save(rows, Path(folder) / "rows")
 
 
 def ring_seconds(members: int, size: float, bandwidth: float, latency: float) -> float:
@@ -147,37 +158,51 @@ def print_paper() -> None:
             print(f"| {name} | {link} |" + "".join(cells))
 
 
-def main() -> None:
-    """Measure and print."""
+def make_parser() -> argparse.ArgumentParser:
+    """Flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qna_vit_tiny")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", help="of the step of one process and the files")
     parser.add_argument("--paper", action="store_true", help="compute, measure nothing")
-    args = parser.parse_args()
+    return parser
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """All rows."""
+    step = Step(args)
+    parameters = sum(p.numel() for p in step.model.parameters())
+    print(f"{args.model}: {parameters / 1e6:.2f} M parameters, {4 * parameters / MB:.1f} MB summed")
+    what = f"one process: step of {args.batch_size} images"
+    rows = [time_row(what, step.compute, args.rounds, step.device)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "last.state.safetensors"
+        save_state(path, step.state())
+        what = f"state file of {path.stat().st_size / MB:.1f} MB:"
+        for verb, call in (
+            ("write", lambda: save_state(path, step.state())),
+            ("read", lambda: load_state(path)),
+        ):
+            rows.append(time_row(f"{what} {verb}", call, args.rounds, step.device))
+        args.device = "cpu"
+        mp.spawn(communicate, (args, folder), nprocs=2)
+        return rows + torch.load(Path(folder) / "rows")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, and write a CSV file if asked to."""
+    args = parse_arguments(make_parser(), QUICK, argv)
     if args.paper:
         print_paper()
         return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-    place = platform.processor() or platform.machine()
-    if args.device != "cpu":
-        place = torch.cuda.get_device_name()
-    print(f"torch {torch.__version__}, {place}, {os.cpu_count()} CPUs, one thread per process")
-    step = Step(args)
-    parameters = sum(p.numel() for p in step.model.parameters())
-    alone = time_calls(step.compute, args.rounds, step.device)
-    print(f"{args.model}: {parameters / 1e6:.2f} M parameters, {4 * parameters / MB:.1f} MB summed")
-    print(f"one process: step of {args.batch_size} images {spread(alone)}")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "last.state.safetensors"
-        saves = time_calls(lambda: save_state(path, step.state()), args.rounds, step.device)
-        loads = time_calls(lambda: load_state(path), args.rounds, step.device)
-        size = path.stat().st_size
-        print(f"state file: {size / MB:.1f} MB, write {spread(saves)}, read {spread(loads)}")
-        args.device = "cpu"
-        mp.spawn(communicate, (args, folder), nprocs=2)
+    torch.set_num_threads(args.threads or 1)
+    header = provenance(args)
+    print_header(header)
+    rows = measure(args)
+    for row in rows:
+        print_time(row)
+    write_csv(args.out, rows, header)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+#!/usr/bin/env python
+"""Whole models side by side: images per second and peak memory, inference and training step.
+
+    python benchmarks/bench_models.py [--models NAME ...] [--batches 1 8] [--compile] \\
+        [--device cuda --amp bfloat16] [--out benchmarks/results/NAME.csv]
+    python benchmarks/bench_models.py --scaling [--sizes 224 448 672 896] [--out ...]
+    python benchmarks/bench_models.py --read benchmarks/results/NAME.csv   # tables, figure again
+
+Any of timm's models, random weights, at their own input size, with input and weights contiguous
+(nchw) and channels-last; tables show the faster of the two. "step" is forward, cross entropy,
+backward and, without --no-update, AdamW's update. `ratio` is a model's time over the first one's
+in its faster layout, the median over the rounds with quartiles: so many times as fast is the
+first. Peak memory is what a call needs beyond weights, optimizer and input, in a process of its
+own. Compiling is not in any time.
+
+--scaling: time and peak memory per pixel, of qna_vit_tiny unless --models names others, square
+images of several sizes, windows as the model has them, in the last of --layouts; ratios are per
+pixel and over the first size.
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+from figures import Bar, draw_bars
+from measuring import Result, compare
+from model_calls import LAYOUTS, MODES, input_size, make_call
+from model_scaling import draw_scaling, measure_scaling, print_scaling
+from reporting import (
+    Row,
+    markdown_table,
+    memory_cell,
+    parse_arguments,
+    print_header,
+    print_made_by,
+    print_row,
+    print_skipped,
+    provenance,
+    read_csv,
+    result_columns,
+    short,
+    time_cell,
+    write_csv,
+)
+
+MODELS = ("qna_vit_tiny", "qna_vit_tiny_7x7", "convnext_tiny", "swin_tiny_patch4_window7_224")
+QUICK = {
+    "models": ["test_convnext", "test_vit"],
+    "batches": [1],
+    "sizes": [32, 64],
+    "rounds": 2,
+}
+
+Key = tuple[str, str, bool]  # model, layout, whether compiled
+
+
+def _faster_layout(results: Mapping[Key, Result], name: str, compiled: bool) -> Result:
+    """A model's result in the layout in which it is faster."""
+    timed = [
+        result
+        for (model, _, is_compiled), result in results.items()
+        if model == name and is_compiled == compiled and result.timing
+    ]
+    return min(timed, key=lambda result: median(result.timing.wall), default=Result())
+
+
+def measure_models(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Rows of all candidates for each batch size and mode; they take turns."""
+    ways = [False, True] if args.compile else [False]
+    for batch, mode in product(args.batches, args.modes):
+        makers = {
+            (name, layout, compiled): partial(
+                make_call, name, mode, layout, compiled, (batch, *input_size(name)), args
+            )
+            for name, layout, compiled in product(args.models, args.layouts, ways)
+        }
+        results = compare(makers, args.rounds, args.device, args.seconds, args.skip_after)
+        rows = []
+        for (name, layout, compiled), result in results.items():
+            way = "compiled" if compiled else "eager"
+            row = {"model": name, "layout": layout, "way": way, "mode": mode, "batch": str(batch)}
+            columns = result_columns(result, _faster_layout(results, args.models[0], compiled))
+            row["images_per_s"] = short(1e3 * batch / float(columns["ms"])) if columns["ms"] else ""
+            rows.append({**row, **columns})
+        yield rows
+
+
+def faster_rows(rows: Iterable[Row]) -> list[Row]:
+    """Of rows that differ in the layout alone the fastest."""
+    best: dict[tuple, Row] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("model", "way", "mode", "batch"))
+        if key not in best or float(row["ms"] or "inf") < float(best[key]["ms"] or "inf"):
+            best[key] = row
+    return list(best.values())
+
+
+def print_models(rows: Sequence[Row]) -> None:
+    """Tables of images per second and of memory, with ratios of time and memory."""
+    speed_cell = partial(time_cell, key="images_per_s", unit="")
+    for mode, way in dict.fromkeys((row["mode"], row["way"]) for row in rows):
+        part = faster_rows(row for row in rows if (row["mode"], row["way"]) == (mode, way))
+        for what, cell in (("images per second", speed_cell), ("peak memory", memory_cell)):
+            print(f"\n{mode}, {way}, {what} by batch size:\n")
+            print("\n".join(markdown_table(part, "model", "batch", cell)))
+
+
+def draw_models(rows: Sequence[Row], path: Path) -> None:
+    """A figure of images per second."""
+    panels: dict[str, list[Bar]] = {}
+    for row in faster_rows(rows):
+        if row["ms"]:
+            title = f"images per second: {row['mode']}, batch {row['batch']}"
+            spread = tuple(1e3 * int(row["batch"]) / float(row[f"ms_{e}"]) for e in ("high", "low"))
+            bar = Bar(row["model"], row["way"], float(row["images_per_s"]), spread)
+            panels.setdefault(title, []).append(bar)
+    draw_bars(panels, path)
+
+
+def report(rows: Sequence[Row], header: Mapping[str, str], out: Path | None) -> None:
+    """Tables on stdout, and a figure beside the CSV file."""
+    scaling = "size" in rows[0]
+    (print_scaling if scaling else print_models)(rows)
+    print_skipped(rows, ("model", "layout", "way", "mode", "batch", "size"))
+    print_made_by(header)
+    if out:
+        (draw_scaling if scaling else draw_models)(rows, out.with_suffix(".png"))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", help=f"of timm; {', '.join(MODELS)} if not given")
+    parser.add_argument("--batches", type=int, nargs="+", help="1 and 8, for --scaling 1")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--compile", action="store_true", help="torch.compile too")
+    parser.add_argument("--amp", choices=("bfloat16", "float16"), help="autocast")
+    parser.add_argument("--update", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--scaling", action="store_true", help="against the image's size")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 448, 672, 896])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=30.0, help="of one's rounds, about")
+    parser.add_argument("--skip-after", type=float, default=60.0, help="seconds of a call")
+    parser.add_argument("--read", type=Path, help="report a CSV file, measure nothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print tables, and write a CSV file and a figure if asked to."""
+    args = parse_arguments(make_parser(), QUICK, argv)
+    if args.read:
+        rows, header = read_csv(args.read)
+        report(rows, header, args.out or args.read)
+        return
+    args.models = args.models or list(MODELS[: 1 if args.scaling else None])
+    args.batches = args.batches or ([1] if args.scaling else [1, 8])
+    header = provenance(args)
+    print_header(header)
+    rows = []
+    for more in (measure_scaling if args.scaling else measure_models)(args):
+        for row in more:
+            print_row(row)
+        rows += more
+        write_csv(args.out, rows, header)  # so far, should it be interrupted
+    report(rows, header, args.out)
+
+
+if __name__ == "__main__":
+    main()
