@@ -1,4 +1,4 @@
-.PHONY: test test-all lint format
+.PHONY: test test-all lint format bench-quick
 
 test:
 	bash scripts/test.sh
@@ -13,3 +13,6 @@ lint:
 format:
 	ruff check --fix .
 	ruff format .
+
+bench-quick:
+	for script in benchmarks/bench_*.py; do python $$script --quick || exit 1; done

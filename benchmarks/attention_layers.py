@@ -5,37 +5,17 @@ N = H*W tokens, K = k*k offsets of a window of k x k.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from problem import Problem
 from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 
 from qna_timm.layers import LearnedQueryAttention, SpanAttention
 
 TILE = 8
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes of what is measured.
-
-    Args:
-        heads: Of learned-query attention.
-        peer_heads: Of all others. FlexAttention takes no head_dim below 16 on a GPU.
-    """
-
-    batch: int = 8
-    size: int = 56
-    channels: int = 64
-    heads: int = 8
-    queries: int = 2
-    window: int = 3
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    peer_heads: int = 4
 
 
 class UnfoldAttention(nn.Module):

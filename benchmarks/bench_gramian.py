@@ -22,23 +22,14 @@ prints where the step of each form spends its time.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 from measuring import compare
-from reporting import (
-    Row,
-    parse_arguments,
-    print_header,
-    print_profile,
-    print_row,
-    provenance,
-    speedup_columns,
-    write_csv,
-)
+from reporting import Row, print_profile, run_benchmark, speedup_columns
 from torch import Tensor, nn
 
 import qna_timm  # noqa: F401  registers the models
@@ -115,7 +106,6 @@ def rows_of(names: Sequence[str], base: str, batch: int, args: argparse.Namespac
             row = {"form": name, "batch": batch, "mode": mode}
             row.update(speedup_columns(result, results[base].timing))
             row["images_per_s"] = round(1e3 * batch / row["ms"], 1) if row["ms"] else ""
-            print_row(row)
             rows.append(row)
     return rows
 
@@ -131,22 +121,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, and write a CSV file if asked to."""
-    args = parse_arguments(make_parser(), QUICK, argv)
-    header = provenance(args)
-    print_header(header)
-    rows = []
+def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Rows of each batch size, then of whole networks."""
     for batch in args.batches:
-        rows += rows_of(FORMS, "reference", batch, args)
+        yield rows_of(FORMS, "reference", batch, args)
     if args.profile:
         for name in FORMS:
-            print_profile(
-                f"{name}, batch 8, step", make_call(name, "step", 8, args.device), args.device
-            )
+            call = make_call(name, "step", 8, args.device)
+            print_profile(f"{name}, batch 8, step", call, args.device)
     if args.models:
-        rows += rows_of(MODELS, MODELS[0], 8, args)
-    write_csv(args.out, rows, header)
+        yield rows_of(MODELS, MODELS[0], 8, args)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, and write a CSV file if asked to."""
+    run_benchmark(make_parser(), QUICK, measure, argv)
 
 
 if __name__ == "__main__":

@@ -33,17 +33,11 @@ from reporting import (
     Row,
     markdown_table,
     memory_cell,
-    parse_arguments,
-    print_header,
-    print_made_by,
-    print_row,
     print_skipped,
-    provenance,
-    read_csv,
     result_columns,
+    run_benchmark,
     short,
     time_cell,
-    write_csv,
 )
 
 MODELS = ("qna_vit_tiny", "qna_vit_tiny_7x7", "convnext_tiny", "swin_tiny_patch4_window7_224")
@@ -120,14 +114,20 @@ def draw_models(rows: Sequence[Row], path: Path) -> None:
     draw_bars(panels, path)
 
 
-def report(rows: Sequence[Row], header: Mapping[str, str], out: Path | None) -> None:
-    """Tables on stdout, and a figure beside the CSV file."""
+def report(rows: Sequence[Row], path: Path | None) -> None:
+    """Tables, and a figure beside the CSV file."""
     scaling = "size" in rows[0]
     (print_scaling if scaling else print_models)(rows)
     print_skipped(rows, ("model", "layout", "way", "mode", "batch", "size"))
-    print_made_by(header)
-    if out:
-        (draw_scaling if scaling else draw_models)(rows, out.with_suffix(".png"))
+    if path:
+        (draw_scaling if scaling else draw_models)(rows, path.with_suffix(".png"))
+
+
+def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Rows of all that was asked for, in parts."""
+    args.models = args.models or list(MODELS[: 1 if args.scaling else None])
+    args.batches = args.batches or ([1] if args.scaling else [1, 8])
+    return (measure_scaling if args.scaling else measure_models)(args)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -146,28 +146,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=30.0, help="of one's rounds, about")
     parser.add_argument("--skip-after", type=float, default=60.0, help="seconds of a call")
-    parser.add_argument("--read", type=Path, help="report a CSV file, measure nothing")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print tables, and write a CSV file and a figure if asked to."""
-    args = parse_arguments(make_parser(), QUICK, argv)
-    if args.read:
-        rows, header = read_csv(args.read)
-        report(rows, header, args.out or args.read)
-        return
-    args.models = args.models or list(MODELS[: 1 if args.scaling else None])
-    args.batches = args.batches or ([1] if args.scaling else [1, 8])
-    header = provenance(args)
-    print_header(header)
-    rows = []
-    for more in (measure_scaling if args.scaling else measure_models)(args):
-        for row in more:
-            print_row(row)
-        rows += more
-        write_csv(args.out, rows, header)  # so far, should it be interrupted
-    report(rows, header, args.out)
+    run_benchmark(make_parser(), QUICK, measure, argv, report)
 
 
 if __name__ == "__main__":

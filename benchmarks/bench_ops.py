@@ -33,30 +33,26 @@ reason. --quick leaves out whoever must be compiled.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import attention_layers
 import operator_forms
 import torch
 from figures import Point, draw_panels
 from measuring import Maker, Result, compare
+from problem import Problem
 from reporting import (
     Row,
     markdown_table,
     memory_cell,
-    parse_arguments,
-    print_header,
-    print_made_by,
-    print_row,
     print_skipped,
-    provenance,
-    read_csv,
     result_columns,
+    run_benchmark,
     time_cell,
-    write_csv,
 )
 
 KINDS = ("operator", "layer")
@@ -78,17 +74,10 @@ def choose_names(kind: str, args: argparse.Namespace) -> list[str]:
 
 def make_makers(kind: str, window: int, mode: str, args: argparse.Namespace) -> dict[str, Maker]:
     """Candidates of a table's column."""
-    sizes: dict[str, Any] = {
-        name: getattr(args, name) for name in ("batch", "size", "channels", "heads", "queries")
-    }
-    sizes.update(window=window, dtype=getattr(torch, args.dtype), device=args.device)
-    module = operator_forms if kind == "operator" else attention_layers
-    if kind == "operator":
-        problem = operator_forms.Problem(**sizes, score_std=args.score_std, bias_std=args.bias_std)
-    else:
-        problem = attention_layers.Problem(**sizes, peer_heads=args.peer_heads)
-    names = choose_names(kind, args)
-    return {name: partial(module.make_call, problem, name, mode) for name in names}
+    settings = {field.name: getattr(args, field.name, None) for field in fields(Problem)}
+    problem = Problem(**{**settings, "window": window, "dtype": getattr(torch, args.dtype)})
+    make_call = (operator_forms if kind == "operator" else attention_layers).make_call
+    return {name: partial(make_call, problem, name, mode) for name in choose_names(kind, args)}
 
 
 def rows_of(kind: str, window: int, mode: str, results: dict[str, Result]) -> list[Row]:
@@ -104,6 +93,14 @@ def rows_of(kind: str, window: int, mode: str, results: dict[str, Result]) -> li
         }
         for name, result in results.items()
     ]
+
+
+def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Rows of a table's column at a time."""
+    for kind, window, mode in product(args.what, args.windows, args.modes):
+        makers = make_makers(kind, window, mode, args)
+        results = compare(makers, args.rounds, args.device, args.seconds, args.skip_after)
+        yield rows_of(kind, window, mode, results)
 
 
 def print_tables(rows: Sequence[Row]) -> None:
@@ -159,35 +156,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=20.0, help="of a candidate's rounds, about"
     )
     parser.add_argument("--skip-after", type=float, default=60.0, help="seconds of a call")
-    parser.add_argument("--read", type=Path, help="tables and figures of a CSV file; no measuring")
     return parser
+
+
+def report(rows: Sequence[Row], path: Path | None) -> None:
+    """Tables, and figures beside the CSV file."""
+    print_tables(rows)
+    if path:
+        draw(rows, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print tables, and write a CSV file and figures if asked to."""
-    args = parse_arguments(make_parser(), QUICK, argv)
-    if args.read:
-        rows, header = read_csv(args.read)
-        print_tables(rows)
-        print_made_by(header)
-        draw(rows, args.out or args.read)
-        return
-    header = provenance(args)
-    print_header(header)
-    rows = []
-    for kind in args.what:
-        for window in args.windows:
-            for mode in args.modes:
-                makers = make_makers(kind, window, mode, args)
-                results = compare(makers, args.rounds, args.device, args.seconds, args.skip_after)
-                rows += rows_of(kind, window, mode, results)
-                for row in rows[-len(results) :]:
-                    print_row(row)
-                write_csv(args.out, rows, header)  # so far, should it be interrupted
-    print_tables(rows)
-    print_made_by(header)
-    if args.out:
-        draw(rows, args.out)
+    run_benchmark(make_parser(), QUICK, measure, argv, report)
 
 
 if __name__ == "__main__":

@@ -21,22 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
 import timm
 import torch
 from measuring import Timing, paired_ratio, quartiles, time_rounds
-from reporting import (
-    Row,
-    parse_arguments,
-    print_header,
-    print_row,
-    provenance,
-    quartile_text,
-    write_csv,
-)
+from reporting import Row, quartile_text, run_benchmark
 from torch import Tensor, nn
 
 import qna_timm  # noqa: F401  (registers its models)
@@ -210,19 +202,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Rows of each model's step, then of starts."""
+    for model in args.models:
+        yield step_rows(model, args)
+    if args.starts:
+        yield start_rows(args.starts)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and write a CSV file if asked to."""
-    args = parse_arguments(make_parser(), QUICK, argv)
-    header = provenance(args)
-    print_header(header)
-    rows = []
-    for model in args.models:
-        rows += step_rows(model, args)
-    if args.starts:
-        rows += start_rows(args.starts)
-    for row in rows:
-        print_row(row)
-    write_csv(args.out, rows, header)
+    run_benchmark(make_parser(), QUICK, measure, argv)
 
 
 if __name__ == "__main__":

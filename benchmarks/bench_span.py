@@ -20,23 +20,14 @@ had before. --profile prints where a step spends its time.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 from measuring import compare
-from reporting import (
-    Row,
-    parse_arguments,
-    print_header,
-    print_profile,
-    print_row,
-    provenance,
-    speedup_columns,
-    write_csv,
-)
+from reporting import Row, print_profile, run_benchmark, speedup_columns
 from timm.layers.halo_attn import HaloAttn
 from torch import nn
 
@@ -106,7 +97,6 @@ def rows_of(case: str, forms: Sequence[str], args: argparse.Namespace) -> list[R
         for form, result in results.items():
             row = {"case": case, "form": form, "mode": mode}
             row.update(speedup_columns(result, base))
-            print_row(row)
             rows.append(row)
     return rows
 
@@ -124,22 +114,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, and write a CSV file if asked to."""
-    args = parse_arguments(make_parser(), QUICK, argv)
-    header = provenance(args)
-    print_header(header)
-    rows = []
+def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Rows of each kernel size, then of whole networks."""
     forms = args.forms or LAYERS[: -1 if args.device == "cpu" else None]
     cases = {str(kernel_size): forms for kernel_size in args.kernels}
     if args.models:
         cases.update({model: ("tiles", "unfold") for model in MODELS})
     for case, names in cases.items():
-        rows += rows_of(case, names, args)
+        yield rows_of(case, names, args)
         if args.profile:
             title = f"{f'kernel {case}' if case.isdigit() else case}, step"
             print_profile(title, make_call(case, "tiles", "step", args), args.device)
-    write_csv(args.out, rows, header)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, and write a CSV file if asked to."""
+    run_benchmark(make_parser(), QUICK, measure, argv)
 
 
 if __name__ == "__main__":

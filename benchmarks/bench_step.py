@@ -15,7 +15,7 @@ import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -25,14 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from measuring import Call, time_rounds
-from reporting import (
-    Row,
-    parse_arguments,
-    print_header,
-    provenance,
-    quartile_text,
-    write_csv,
-)
+from reporting import Row, quartile_text, run_benchmark
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -60,11 +53,6 @@ def time_row(what: str, call: Call, rounds: int, device: torch.device, digits: i
     wall = time_rounds({what: call}, rounds, device.type, turn_seconds=0)[what].wall
     median = f"{statistics.median(wall):.{digits}f}"
     return {"what": what, "ms": median, "quartiles": quartile_text(wall, digits)}
-
-
-def print_time(row: Row) -> None:
-    """A line of a time."""
-    print(f"{row['what']} {row['ms']} ms ({row['quartiles']})", flush=True)
 
 
 class Step:
@@ -169,13 +157,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
-    """All rows."""
+def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Rows of one process, then of two."""
+    if args.paper:
+        print_paper()
+        return
     step = Step(args)
     parameters = sum(p.numel() for p in step.model.parameters())
     print(f"{args.model}: {parameters / 1e6:.2f} M parameters, {4 * parameters / MB:.1f} MB summed")
     what = f"one process: step of {args.batch_size} images"
-    rows = [time_row(what, step.compute, args.rounds, step.device)]
+    yield [time_row(what, step.compute, args.rounds, step.device)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "last.state.safetensors"
         save_state(path, step.state())
@@ -184,25 +175,17 @@ def measure(args: argparse.Namespace) -> list[Row]:
             ("write", lambda: save_state(path, step.state())),
             ("read", lambda: load_state(path)),
         ):
-            rows.append(time_row(f"{what} {verb}", call, args.rounds, step.device))
+            yield [time_row(f"{what} {verb}", call, args.rounds, step.device)]
         args.device = "cpu"
         mp.spawn(communicate, (args, folder), nprocs=2)
-        return rows + torch.load(Path(folder) / "rows")
+        yield torch.load(Path(folder) / "rows")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, and write a CSV file if asked to."""
-    args = parse_arguments(make_parser(), QUICK, argv)
-    if args.paper:
-        print_paper()
-        return
-    torch.set_num_threads(args.threads or 1)
-    header = provenance(args)
-    print_header(header)
-    rows = measure(args)
-    for row in rows:
-        print_time(row)
-    write_csv(args.out, rows, header)
+    """Measure or compute, print, and write a CSV file if asked to."""
+    parser = make_parser()
+    parser.set_defaults(threads=1)  # of each process
+    run_benchmark(parser, QUICK, measure, argv)
 
 
 if __name__ == "__main__":

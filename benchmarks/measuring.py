@@ -111,15 +111,15 @@ def time_rounds(
         calls: Candidates by name.
         rounds: Rounds to time, of all or by name; who has fewer takes part in the first ones.
         device: What to wait for.
-        turn_seconds: Shorter calls are repeated for about so long in a turn; 0 for calls that must
-            be as many in other processes too.
+        turn_seconds: Shorter calls are repeated for about so long in a turn; 0 for one to warm up
+            and one a turn, where other processes must make as many.
     """
     if isinstance(rounds, int):
         rounds = dict.fromkeys(calls, rounds)
     counts = {}
     for name, call in calls.items():
         seconds, _ = _time_turn(call, 1, device)
-        if seconds < WARM_SECONDS:
+        if turn_seconds and seconds < WARM_SECONDS:
             seconds, _ = _time_turn(call, 1, device)  # the first one tells little
         counts[name] = max(1, min(MOST_CALLS, math.ceil(turn_seconds / seconds)))
     turns: dict[Name, list[tuple[float, float]]] = {name: [] for name in calls}

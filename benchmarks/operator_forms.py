@@ -5,11 +5,11 @@ the layout it likes. Letters: B batch, H W map, Q queries, h heads, d head_dim, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
+from problem import Problem
 from torch import Tensor
 
 from qna_timm.ops import qna_attention
@@ -22,22 +22,6 @@ FORMS = (
     *(f"{kind}-{layout}" for kind in ("eager", "compiled") for layout in LAYOUTS),
     "conv",
 )
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes of what is measured; scores and bias are normal with these standard deviations."""
-
-    batch: int = 8
-    size: int = 56
-    channels: int = 64
-    heads: int = 8
-    queries: int = 2
-    window: int = 3
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    score_std: float = 1.0
-    bias_std: float = 0.2
 
 
 def make_tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -278,3 +278,39 @@ def print_made_by(header: Mapping[str, str]) -> None:
     threads = f"{header['threads']} thread{'s' if header['threads'] != '1' else ''}"
     print(f"\n{header['machine']}, {threads}; {header['versions']};")
     print(f"commit {header['commit']}, {header['date']}: `{header['command']}`", flush=True)
+
+
+def run_benchmark(
+    parser: argparse.ArgumentParser,
+    quick: Mapping[str, Any],
+    measure: Callable[[argparse.Namespace], Iterable[Sequence[Row]]],
+    argv: Sequence[str] | None,
+    report: Callable[[Sequence[Row], Path | None], None] | None = None,
+) -> None:
+    """A script: measures, prints rows as they come and keeps them in the CSV file.
+
+    Args:
+        parser: See `parse_arguments`.
+        quick: See `parse_arguments`.
+        measure: Gives rows in parts.
+        argv: See `parse_arguments`.
+        report: Prints tables of all rows and draws figures of them beside the file, if any; with
+            it comes --read.
+    """
+    if report:
+        parser.add_argument("--read", type=Path, help="report a CSV file, measure nothing")
+    args = parse_arguments(parser, quick, argv)
+    rows: list[Row] = []
+    if report and args.read:
+        rows[:], header = read_csv(args.read)
+    else:
+        header = provenance(args)
+        print_header(header)
+        for part in measure(args):
+            for row in part:
+                print_row(row)
+            rows += part
+            write_csv(args.out, rows, header)  # so far, should it be interrupted
+    if report:
+        report(rows, args.out or args.read)
+        print_made_by(header)
