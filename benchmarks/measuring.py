@@ -190,9 +190,10 @@ def _cpu_peak(call: Call) -> Result:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = re.search("can't allocate memory|bad_alloc", str(error))
+    return isinstance(error, RuntimeError) and said is not None
 
 
 def one_line(error: Exception) -> str:
