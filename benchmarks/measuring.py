@@ -124,7 +124,7 @@ def time_rounds(
         counts[name] = max(1, min(MOST_CALLS, math.ceil(turn_seconds / seconds)))
     turns: dict[Name, list[tuple[float, float]]] = {name: [] for name in calls}
     for number in range(max(rounds.values(), default=0)):
-        for name in reversed(calls) if number % 2 else calls:
+        for name in list(calls)[:: -1 if number % 2 else 1]:
             if number < rounds[name]:
                 turns[name].append(_time_turn(calls[name], counts[name], device))
     return {
