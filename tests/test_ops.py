@@ -59,20 +59,28 @@ def gradients(tensors: list[Tensor | None], args: tuple, impl: str) -> list[Tens
     return [leaf.grad for leaf in leaves if leaf is not None]
 
 
-@pytest.mark.parametrize("impl", ["offsets", "depthwise", "auto"])
+@pytest.mark.parametrize("impl", ["offsets", "exact", "depthwise", "fft", "auto"])
 @pytest.mark.parametrize("tables", TABLES)
 @pytest.mark.parametrize("size", SIZES)
 def test_forms_match_reference(size: str, tables: str, impl: str) -> None:
+    if size == "one-token" and impl in ("depthwise", "fft"):
+        pytest.skip("refused: its softmax is 1, gradients are differences of equal sums")
     tensors, args = make_inputs(size, tables)
+    if impl == "fft":  # on maps as small as these it takes small spreads only
+        tensors = [
+            tensors[0] * 0.2,
+            tensors[1],
+            None if tensors[2] is None else tensors[2] * 0.2,
+            tensors[3],
+        ]
     wanted = qna_attention(*tensors, *args, "reference")
     found = qna_attention(*to(tensors, torch.float32), *args, impl)
     assert found.shape == wanted.shape and found.dtype == torch.float32
     assert error(found, wanted) < 1e-5
     wanted_grads = gradients(tensors, args, "reference")
     found_grads = gradients(to(tensors, torch.float32), args, impl)
-    rounding = 1e-6 if size == "one-token" and impl == "depthwise" else 1e-8  # true gradient: 0
     for f, w in zip(found_grads, wanted_grads, strict=True):
-        assert (f.double() - w).norm() <= 1e-4 * w.norm() + rounding
+        assert (f.double() - w).norm() <= 1e-4 * w.norm() + 1e-8
 
 
 def test_reference_by_hand() -> None:
@@ -131,30 +139,41 @@ def test_wide_bias() -> None:
     assert error(qna_attention(*to(tensors, torch.float32), *args), wanted) < 1e-4
 
 
-def test_depthwise_up_to_its_limit() -> None:
-    """Spread just inside the guard: still right, gradients too; outside: refused, not wrong."""
-    tensors, args = make_inputs("odd-map", "no-bias")
-    scores = tensors[0]
-    low, high = scores.amin(), scores.amax()
-    tensors[0] = ((scores - low) / (high - low) * 15.9).float().double()
-    wanted = qna_attention(*tensors, *args, "reference")
-    single = to(tensors, torch.float32)
-    assert error(qna_attention(*single, *args, "depthwise"), wanted) < 1e-4
-    for f, w in zip(
-        gradients(single, args, "depthwise"), gradients(tensors, args, "reference"), strict=True
-    ):
-        assert (f.double() - w).norm() <= 1e-3 * w.norm() + 1e-8
-    single[0] = single[0] * 1.5
-    with pytest.raises(ValueError, match="spread by 16 at most"):
-        qna_attention(*single, *args, "depthwise")
-    with torch.no_grad():  # the output alone stands more
-        tensors[0] = (tensors[0] / 15.9 * 59.9).float().double()
-        single[0] = tensors[0].float()
-        wanted = qna_attention(*tensors, *args, "reference")
-        assert error(qna_attention(*single, *args, "depthwise"), wanted) < 1e-4
-        single[0] = single[0] * 1.5
-        with pytest.raises(ValueError, match="spread by 60 at most"):
-            qna_attention(*single, *args, "depthwise")
+@pytest.mark.parametrize("impl", ["depthwise", "fft"])
+@pytest.mark.parametrize("kernel", [3, 7, 15])
+@pytest.mark.parametrize("kind", ["spread", "tower", "smooth"])
+def test_window_sums_are_right_or_refused(kind: str, kernel: int, impl: str) -> None:
+    """Over every range of scores: what is not refused is right, gradients too."""
+    gen = torch.Generator().manual_seed(0)
+    served = []
+    for spread in (0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 20.0, 300.0):
+        scores = torch.randn(1, 19, 23, 2, 2, generator=gen, dtype=torch.float64)
+        value = torch.randn(1, 19, 23, 6, generator=gen, dtype=torch.float64)
+        tables = torch.randn(2, kernel**2, 2, 2, generator=gen, dtype=torch.float64)
+        if kind == "spread":
+            scores = scores * spread
+        elif kind == "tower":
+            scores[:, 5, 5] += 3 * spread
+        else:  # all windows alike: gradients of scores are next to nothing
+            scores, tables, value = scores * spread, tables * 0.01, value * 0.1 + 3
+        tensors = [scores.float().double(), value, tables[0], tables[1]]
+        args = ((kernel, kernel), 1, kernel // 2)
+        wanted = qna_attention(*tensors, *args, "offsets")
+        try:
+            found = qna_attention(*to(tensors, torch.float32), *args, impl)
+        except ValueError:
+            served.append(False)
+        else:
+            served.append(True)
+            assert error(found, wanted) < 1e-4
+        try:
+            found_grads = gradients(to(tensors, torch.float32), args, impl)
+        except ValueError:
+            continue
+        for f, w in zip(found_grads, gradients(tensors, args, "offsets"), strict=True):
+            assert (f.double() - w).norm() <= 1e-3 * w.norm()
+    assert served[0] or (impl, kernel) == ("fft", 3)  # small windows are not what it is for
+    assert not served[-1]
 
 
 @pytest.mark.parametrize("gap", [30.0, 50.0])
@@ -212,7 +231,7 @@ def test_layouts() -> None:
         for t in single
     ]
     assert not strided[0].is_contiguous()
-    for impl in ("offsets", "depthwise"):
+    for impl in ("offsets", "exact", "depthwise"):
         torch.testing.assert_close(qna_attention(*strided, *args, impl), wanted)
 
 

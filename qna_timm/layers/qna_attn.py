@@ -4,8 +4,10 @@ Letters: B batch, H W map, Y X output map, Q queries, h heads, d head_dim, C = h
 D input channels, K = k*k offsets of a window.
 """
 
+from typing import Final
+
 import torch
-from timm.layers import register_notrace_function, register_notrace_module
+from timm.layers import register_notrace_function, register_notrace_module, use_fused_attn
 from timm.layers.weight_init import lecun_normal_, trunc_normal_
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from qna_timm.ops import (
     normalize_query,
     qna_attention,
     resize_offset_table,
+    stock_qna_attention,
 )
 
 QUERY_WEIGHT_KINDS = ("normal", "normal_elementwise", "ones", "posneg", "avg", "none")
@@ -23,6 +26,7 @@ POS_EMBED_KINDS = ("relative", "absolute", "none")
 register_notrace_function(learned_query_scores)
 register_notrace_function(normalize_query)
 register_notrace_function(qna_attention)
+register_notrace_function(stock_qna_attention)
 
 
 class LearnedQueryAttention(nn.Module):
@@ -56,10 +60,13 @@ class LearnedQueryAttention(nn.Module):
         scale_rel_pos_bias: Divide the relative table by sqrt(d).
         qkv_bias: Biases on key, value and output projections.
         proj_drop: Dropout after the output projection.
-        impl: See `qna_timm.ops.qna_attention`.
+        impl: See `qna_timm.ops.qna_attention`; 'auto' is 'offsets', PyTorch's own operators, after
+            `timm.layers.set_fused_attn(False)`.
 
     Shape: [B, H, W, D] -> [B, Y, X, dim_out].
     """
+
+    fused_attn: Final[bool]
 
     def __init__(
         self,
@@ -115,6 +122,7 @@ class LearnedQueryAttention(nn.Module):
         self.normalize_stop_grad = normalize_stop_grad
         self.bias_scale = self.head_dim**-0.5 if scale_rel_pos_bias else 1.0
         self.impl = impl
+        self.fused_attn = impl != "auto" or use_fused_attn()
 
         self.query = nn.Parameter(torch.empty(num_queries, dim_attn, **dd))
         self.k = nn.Linear(dim, dim_attn, bias=qkv_bias, **dd)
@@ -191,17 +199,26 @@ class LearnedQueryAttention(nn.Module):
             self.query, self.num_heads, self.normalize, self.normalize_stop_grad
         )
         scores = learned_query_scores(x, self.k.weight, self.k.bias, query)
-        x = qna_attention(
-            scores,
-            self.v(x),
-            self.offset_bias(query),
-            self.query_weight,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.impl,
-        )
+        bias = self.offset_bias(query)
+        x = self.attend(scores, self.v(x), bias, self.query_weight, self.kernel_size)
         return self.proj_drop(self.proj(x))
+
+    def attend(
+        self,
+        scores: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        kernel_size: tuple[int, int],
+    ) -> Tensor:
+        """See `qna_attention`."""
+        if self.fused_attn:
+            return qna_attention(
+                scores, value, bias, weight, kernel_size, self.stride, self.padding, self.impl
+            )
+        return stock_qna_attention(
+            scores, value, bias, weight, kernel_size, self.stride, self.padding
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -245,5 +262,5 @@ class LearnedQueryPool(LearnedQueryAttention):
         if weight is not None and weight.shape[0] > 1:
             weight = resize_offset_table(weight, self.kernel_size, size)
         scores = learned_query_scores(x, self.k.weight, self.k.bias, query)
-        x = qna_attention(scores, self.v(x), bias, weight, size, 1, 0, self.impl)
+        x = self.attend(scores, self.v(x), bias, weight, size)
         return self.proj_drop(self.proj(x))

@@ -1,6 +1,13 @@
 """Operators as pure functions of tensors. Read `reference.py` first: it is the specification."""
 
-from qna_timm.ops.api import learned_query_scores, normalize_query, qna_attention, window_attention
+from qna_timm.ops.api import (
+    explain_qna_attention,
+    learned_query_scores,
+    normalize_query,
+    qna_attention,
+    stock_qna_attention,
+    window_attention,
+)
 from qna_timm.ops.branches import gram_matrix, part_linear
 from qna_timm.ops.gramian import class_attention, gram_triangle, triangle_index
 from qna_timm.ops.reference import (
@@ -16,6 +23,7 @@ from qna_timm.ops.span_attn import ring_index, ring_weights
 __all__ = [
     "class_attention",
     "class_attention_reference",
+    "explain_qna_attention",
     "gram_matrix",
     "gram_triangle",
     "gram_triangle_reference",
@@ -29,6 +37,7 @@ __all__ = [
     "ring_weights",
     "span_attention",
     "span_attention_reference",
+    "stock_qna_attention",
     "triangle_index",
     "window_attention",
 ]

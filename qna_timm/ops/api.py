@@ -4,13 +4,20 @@ Letters: B batch, H W map, Y X output map, Q queries, h heads, d head_dim, C = h
 K = kh*kw offsets of a window.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qna_timm.ops.qna_eager import fits_shared_shift, max_spread, qna_depthwise, qna_offsets
+from qna_timm.ops.dispatch import Choice, against_triton, choose
+from qna_timm.ops.qna_attn import Problem
+from qna_timm.ops.qna_eager import qna_offsets
+from qna_timm.ops.qna_op import qna_operator
 from qna_timm.ops.reference import qna_attention_reference
 from qna_timm.ops.window_attn import tiled_window_attention
+
+QNA_FORMS = ("auto", "reference", "offsets", "depthwise", "fft", "exact", "triton")
 
 
 def normalize_query(query: Tensor, num_heads: int, normalize: bool, stop_grad: bool) -> Tensor:
@@ -143,16 +150,18 @@ def qna_attention(
         kernel_size: Window (kh, kw) in tokens.
         stride: Tokens between windows.
         padding: Tokens around the map, below the kernel size; (k-1)//2 keeps an odd kernel centred.
-        impl: 'auto', or one form with no fall-back: 'reference', 'offsets' (exact for any scores)
-            or 'depthwise' (raises where the scores spread too far for it). 'auto' is 'depthwise'
-            where that is exact, which a look at the scores tells, else 'offsets'; where a look is
-            impossible (scripting, compiling, exporting, meta tensors) it is 'offsets'.
+        impl: 'auto', or one form with no fall-back. 'reference': window by window. 'offsets': stock
+            operators, any order of gradients, forward-mode ones. 'exact', 'depthwise', 'fft': by
+            hand, sums over windows offset by offset, as depthwise convolutions, by Fourier
+            transforms; the latter two raise where the scores of a map spread too far for them.
+            'triton': on a GPU. 'auto' takes the fastest that is right for the scores, images by
+            images; `explain_qna_attention` tells which.
 
     Returns:
         [B, Y, X, C] in value's dtype, Y = (H + 2*padding - kh) // stride + 1.
 
     Raises:
-        ValueError: shapes that do not go together, unknown impl, or 'depthwise' out of its range.
+        ValueError: shapes that do not go together, unknown impl, or one that cannot compute this.
     """
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     scores = scores.to(dtype)
@@ -162,46 +171,91 @@ def qna_attention(
         query_weight = query_weight.to(dtype)
 
     if torch.jit.is_scripting():
-        out = qna_offsets(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
-    else:
-        _check_qna(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
-        form = _QNA_FORMS[_choose_form(impl, scores, rel_pos_bias, kernel_size)]
-        out = form(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
+        window = [kernel_size[0], kernel_size[1]]
+        return torch.ops.qna_timm.qna_attention(
+            scores, value, rel_pos_bias, query_weight, window, stride, padding, impl
+        )[0]
+    else:  # in so many words: the script compiler skips an else branch, not code that follows
+        args = (scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
+        _check_qna(*args)
+        choice = _choose_qna(impl, *args)
+        if choice.impl == "reference":
+            return qna_attention_reference(*args).to(value.dtype)
+        if choice.impl == "offsets":
+            return stock_qna_attention(*args)
+        return qna_operator(*args, choice.impl)
+
+
+def stock_qna_attention(
+    scores: Tensor,
+    value: Tensor,
+    rel_pos_bias: Tensor | None,
+    query_weight: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """`qna_attention` by stock operators alone, for graphs that must load without this package."""
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    scores = scores.to(dtype)
+    if rel_pos_bias is not None:
+        rel_pos_bias = rel_pos_bias.to(dtype)
+    if query_weight is not None:
+        query_weight = query_weight.to(dtype)
+    out = qna_offsets(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
     return out.to(value.dtype)
 
 
-_QNA_FORMS = {
-    "reference": qna_attention_reference,
-    "offsets": qna_offsets,
-    "depthwise": qna_depthwise,
-}
+def _choose_qna(impl: str, scores: Tensor, value: Tensor, *rest: Any) -> Choice:
+    """The ladder of what is known without looking at values; 'auto' is what looks at them."""
+    if impl not in QNA_FORMS:
+        raise ValueError(f"impl must be one of {QNA_FORMS}, got {impl!r}")
+
+    def unsupported() -> str | None:
+        from qna_timm.ops import qna_triton  # an optional package
+
+        return qna_triton.unsupported(scores, value, *rest)
+
+    def against(asked_for: bool) -> str | None:
+        return against_triton(value, asked_for, unsupported)
+
+    return choose(impl, (("triton", against),), "auto")
 
 
-def _choose_form(
-    impl: str, scores: Tensor, rel_pos_bias: Tensor | None, kernel_size: tuple[int, int]
-) -> str:
-    """The dispatch ladder: the form for an explicit request (no fall-back) or for 'auto'."""
-    if impl in ("reference", "offsets"):
-        return impl
-    if impl == "depthwise":
-        if not fits_shared_shift(scores, rel_pos_bias):
-            raise ValueError(
-                f"impl='depthwise' needs scores and bias that spread by {max_spread():g} at most; "
-                "use impl='auto'"
-            )
-        return impl
-    if impl != "auto":
-        raise ValueError(f"impl must be one of {['auto', *_QNA_FORMS]}, got {impl!r}")
-    # The choice reads a value on the host: not while a graph is being recorded.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or scores.is_meta:
-        return "offsets"
-    if scores.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "offsets"
-    # A window of one token has no gradient for its score: exactly none with a softmax, a rounding
-    # error with two sums.
-    if scores.shape[1] * scores.shape[2] == 1 or kernel_size == (1, 1):
-        return "offsets"
-    return "depthwise" if fits_shared_shift(scores, rel_pos_bias) else "offsets"
+def explain_qna_attention(
+    scores: Tensor,
+    value: Tensor,
+    rel_pos_bias: Tensor | None,
+    query_weight: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: int = 1,
+    padding: int = 0,
+) -> Choice:
+    """Which form impl='auto' takes for a problem, and why not others; computes the output for that.
+
+    Arguments and errors as in `qna_attention`. Where images need several forms, the choice is the
+    last of them on the ladder and the reasons tell how many images are concerned.
+    """
+    tables = [None if x is None else x.to(scores.dtype) for x in (rel_pos_bias, query_weight)]
+    args = (scores, value, *tables, kernel_size, stride, padding)
+    _check_qna(*args)
+    choice = _choose_qna("auto", *args)
+    if choice.impl != "auto":
+        return choice
+    problem = Problem(*args, "auto")
+    why_not = dict(choice.why_not)
+    with torch.no_grad():
+        served = [(problem.forward(part)[0], part.stop - part.start) for part in problem.parts()]
+    left = scores.shape[0]
+    for name in ("fft", "depthwise"):
+        reason = problem.why_not(name)
+        if reason is None:
+            left -= sum(count for form, count in served if form == name)
+            if left == 0:
+                return Choice(name, why_not)
+            reason = f"scores of {left} of {scores.shape[0]} images spread too far"
+        why_not[name] = reason
+    return Choice("exact", why_not)
 
 
 def window_attention(

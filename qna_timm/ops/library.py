@@ -1,0 +1,64 @@
+"""How this package's operators enter PyTorch's registry, for graphs that hold them whole."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("qna_timm", "FRAGMENT")
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast stops at functions, not at what they call."""
+
+    @functools.wraps(function)
+    def call(first: Tensor, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args)
+
+    return call
+
+
+def register_operator(
+    schema: str, function: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverloadPacket:
+    """Adds an operator of any device to `torch.ops.qna_timm`.
+
+    Args:
+        schema: Name, arguments and results as PyTorch writes them.
+        function: What it computes; arguments come by position, gradients and autocast are off.
+        fake: Shapes and dtypes of the results, of arguments without values.
+    """
+    _library.define(schema)
+    name = schema.partition("(")[0]
+    _library.impl(name, without_autocast(function), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qna_timm::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.qna_timm, name)
+    rule = functools.partial(_vmap_in_turn, operator)
+    torch.library.register_vmap(f"qna_timm::{name}", rule, lib=_library)
+    return operator
+
+
+def _vmap_in_turn(
+    operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any
+) -> tuple[Any, Any]:
+    """Runs an operator for one after another: gradients of parameters may be asked of each."""
+    columns = [
+        x.unbind(dim) if isinstance(dim, int) else [x] * info.batch_size
+        for x, dim in zip(args, in_dims, strict=True)
+    ]
+    found = [operator(*row) for row in zip(*columns, strict=True)]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
+
+def register_gradient(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
+    """Gradients of a registered operator where it is a node of a graph, compiled or exported."""
+    torch.library.register_autograd(
+        f"qna_timm::{name}", backward, setup_context=setup_context, lib=_library
+    )

@@ -1,0 +1,158 @@
+"""Learned-query attention as one operator: which form computes which images, forward and backward.
+
+Letters: B batch, H W map, Y X output map, Q queries, h heads, C channels, K offsets.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qna_timm.ops.qna_depthwise import DepthwiseSums
+from qna_timm.ops.qna_exact import exact_backward, exact_forward
+from qna_timm.ops.qna_fourier import FourierSums
+from qna_timm.ops.qna_sums import Tables, WindowSums
+from qna_timm.ops.qna_windows import Windows
+
+# Channels of all queries and tokens at a time: what caches hold on a CPU, enough to fill a GPU.
+CPU_NUMBERS = 2**20
+GPU_NUMBERS = 2**27
+# Offsets of a window from which Fourier transforms take less time than convolutions.
+FOURIER_OFFSETS = 169
+
+FORMS: dict[str, type[WindowSums]] = {"depthwise": DepthwiseSums, "fft": FourierSums}
+
+
+class Problem:
+    """A problem's forms, from the fastest to the one that always serves."""
+
+    def __init__(
+        self,
+        scores: Tensor,
+        value: Tensor,
+        rel_pos_bias: Tensor | None,
+        query_weight: Tensor | None,
+        kernel_size: list[int],
+        stride: int,
+        padding: int,
+        impl: str,
+    ) -> None:
+        """Arguments as in `qna_attention`, impl 'auto', 'depthwise', 'fft' or 'exact'."""
+        self.scores, self.value, self.impl = scores, value, impl
+        self.windows = Windows(tuple(kernel_size), stride, padding)
+        self.parameters = (rel_pos_bias, query_weight)
+        self.size = tuple(scores.shape[1:3])
+        self.out_size = self.windows.out_size(*self.size)
+        self.table = (self.windows.num_offsets, *scores.shape[3:])
+        tables = Tables(*self.parameters, self.table, scores)
+        self.forms = [
+            (name, FORMS[name](self.size, self.windows, *scores.shape[3:], tables))
+            for name in self._order()
+        ]
+
+    def why_not(self, name: str) -> str | None:
+        """Why a form of sums is not the first that 'auto' tries."""
+        if self.scores.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "it looks at what came out, which a recorded CUDA graph cannot"
+        if name == "depthwise":
+            return None
+        offsets = self.windows.num_offsets * self.out_size[0] * self.out_size[1]
+        tokens = self.size[0] * self.size[1]
+        if offsets < FOURIER_OFFSETS * tokens:
+            return f"{offsets / tokens:.3g} offsets a token are summed faster directly"
+        return None
+
+    def _order(self) -> list[str]:
+        if self.impl == "auto":
+            return [name for name in ("fft", "depthwise") if self.why_not(name) is None]
+        return [] if self.impl == "exact" else [self.impl]
+
+    def parts(self) -> Iterator[slice]:
+        """Images to compute at a time."""
+        batch, height, width, channels = self.value.shape
+        numbers = max(1, height * width * channels * self.scores.shape[3])
+        most = CPU_NUMBERS if self.value.device.type == "cpu" else GPU_NUMBERS
+        step = max(1, most // numbers)
+        for start in range(0, batch, step):
+            yield slice(start, min(start + step, batch))
+
+    def split(self, images: slice) -> tuple[Tensor, Tensor]:
+        """Scores and value of some images, of one dtype."""
+        return self.scores[images], self.value[images].to(self.scores.dtype)
+
+    def release(self) -> None:
+        """See `Workspace.release`."""
+        for _, form in self.forms:
+            form.work.release()
+
+    def refuse(self) -> None:
+        """A form was asked for by name and cannot serve."""
+        if self.impl != "auto":
+            raise ValueError(
+                f"impl='{self.impl}' is out of its range: scores or bias spread too far over a "
+                "map, or each window has one token of all its weight; use impl='auto'"
+            )
+
+    def forward(self, images: slice) -> tuple[str, Tensor]:
+        """The form that served and its output [n, Y, X, C]."""
+        scores, value = self.split(images)
+        for name, form in self.forms:
+            if (out := form.forward(scores, value)) is not None:
+                return name, out
+            self.refuse()
+        return "exact", exact_forward(scores, value, *self.parameters, self.windows)
+
+    def backward(self, grad: Tensor, images: slice) -> tuple[Tensor, ...]:
+        """Gradients of scores, value, bias and weight [K, Q, h]."""
+        scores, value = self.split(images)
+        grad = grad[images].to(scores.dtype)
+        for _, form in self.forms:
+            if (grads := form.backward(grad, scores, value)) is not None:
+                return grads
+            self.refuse()
+        return exact_backward(grad, scores, value, *self.parameters, self.windows)
+
+
+def forward(
+    scores: Tensor,
+    value: Tensor,
+    rel_pos_bias: Tensor | None,
+    query_weight: Tensor | None,
+    kernel_size: list[int],
+    stride: int,
+    padding: int,
+    impl: str,
+) -> Tensor:
+    """[B, Y, X, C] in value's dtype; arguments as in `Problem`."""
+    problem = Problem(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding, impl)
+    out = value.new_empty(value.shape[0], *problem.out_size, value.shape[3])
+    for images in problem.parts():
+        out[images] = problem.forward(images)[1]
+    problem.release()
+    return out
+
+
+def backward(
+    grad: Tensor,
+    scores: Tensor,
+    value: Tensor,
+    rel_pos_bias: Tensor | None,
+    query_weight: Tensor | None,
+    kernel_size: list[int],
+    stride: int,
+    padding: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of scores, value, bias [K, Q, h], and weight in its shape."""
+    problem = Problem(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding, impl)
+    grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+    grad_tables = scores.new_zeros(2, *problem.table)
+    for images in problem.parts():
+        grad_scores[images], grad_value[images], *tables = problem.backward(grad, images)
+        grad_tables += torch.stack(tables)
+    problem.release()
+    grad_bias, grad_weight = grad_tables
+    if query_weight is not None:
+        grad_weight = grad_weight.sum_to_size(query_weight.shape)
+    return grad_scores, grad_value, grad_bias, grad_weight

@@ -1,0 +1,120 @@
+"""Learned-query attention offset by offset, exact for any scores, with its gradient written out.
+
+Every window is shifted by its own maximum. Nothing is kept for each offset: exponentials are
+computed anew in each pass over the window. Slower than window sums (`qna_sums`), which cannot serve
+where scores spread far.
+
+Letters: n images, H W map, Y X output map, Q queries, h heads, d head_dim, C = h*d channels,
+K offsets.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qna_timm.ops.qna_windows import Windows
+
+
+def window_max(scores: Tensor, windows: Windows) -> Tensor:
+    """Maximum of framed scores [n, H+2p, W+2p, Q, h] over every window, [n, Y, X, Q, h]."""
+    flat = scores.flatten(3).permute(0, 3, 1, 2)
+    (kernel_h, kernel_w), step = windows.kernel_size, windows.stride
+    # rows, then columns: kh + kw instead of kh * kw comparisons
+    flat = F.max_pool2d(flat, (kernel_h, 1), (step, 1))
+    flat = F.max_pool2d(flat, (1, kernel_w), (1, step))
+    return flat.permute(0, 2, 3, 1).unflatten(3, scores.shape[3:])
+
+
+class ExactWindows:
+    """The softmax of every window of a map, given out offset by offset."""
+
+    def __init__(self, scores: Tensor, rel_pos_bias: Tensor | None, windows: Windows) -> None:
+        """Of scores [n, H, W, Q, h] and bias [K, Q, h]."""
+        self.windows, self.rel_pos_bias = windows, rel_pos_bias
+        self.scores = windows.framed(scores, float("-inf"))
+        # The window's maximum goes before the bias comes: at scores of 1e4 a float32 sum with the
+        # bias would keep only three decimals of it.
+        self.shift = window_max(self.scores, windows)
+        self.top = torch.full_like(self.shift, float("-inf"))
+        for logits in self._logits():
+            torch.maximum(self.top, logits, out=self.top)
+        self.total = torch.zeros_like(self.shift)
+        for logits in self._logits():
+            self.total += (logits - self.top).exp_()
+
+    def _logits(self) -> Iterator[Tensor]:
+        for offset, seen in enumerate(self.windows.shifts(self.scores)):
+            logits = seen - self.shift
+            yield logits if self.rel_pos_bias is None else logits.add_(self.rel_pos_bias[offset])
+
+    def attn(self) -> Iterator[Tensor]:
+        """Softmax weights of each offset: K times [n, Y, X, Q, h]."""
+        for logits in self._logits():
+            yield logits.sub_(self.top).exp_().div_(self.total)
+
+
+def _row(query_weight: Tensor | None, offset: int) -> Tensor | float:
+    if query_weight is None:
+        return 1.0
+    return query_weight[offset if query_weight.shape[0] > 1 else 0]
+
+
+def exact_forward(
+    scores: Tensor,
+    value: Tensor,
+    rel_pos_bias: Tensor | None,
+    query_weight: Tensor | None,
+    windows: Windows,
+) -> Tensor:
+    """Arguments as in `qna_attention`, all of one dtype; [n, Y, X, C]."""
+    heads = value.unflatten(3, (scores.shape[4], -1))
+    softmax = ExactWindows(scores, rel_pos_bias, windows)
+    seen = windows.shifts(windows.framed(heads))
+    out = torch.zeros_like(softmax.shift[:, :, :, 0, :, None] * heads.new_zeros(heads.shape[4]))
+    for offset, (attn, tokens) in enumerate(zip(softmax.attn(), seen, strict=True)):
+        weight = (attn * _row(query_weight, offset)).sum(dim=3)
+        out.addcmul_(weight.unsqueeze(4), tokens)
+    return out.flatten(3)
+
+
+def exact_backward(
+    grad: Tensor,
+    scores: Tensor,
+    value: Tensor,
+    rel_pos_bias: Tensor | None,
+    query_weight: Tensor | None,
+    windows: Windows,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of scores, value, bias [K, Q, h] and weight [K, Q, h].
+
+    slope[o] = weight[o] <grad, value[y+o]>
+    ds[y+o] += attn[o] (slope[o] - sum_o attn[o] slope[o])
+    """
+    heads = value.unflatten(3, (scores.shape[4], -1))
+    grad = grad.unflatten(3, (scores.shape[4], -1))
+    softmax = ExactWindows(scores, rel_pos_bias, windows)
+    framed = windows.framed(heads)
+    mean = torch.zeros_like(softmax.shift)
+    for offset, (attn, tokens) in enumerate(
+        zip(softmax.attn(), windows.shifts(framed), strict=True)
+    ):
+        product = (grad * tokens).sum(dim=4).unsqueeze(3)  # n, Y, X, 1, h
+        mean += attn * product * _row(query_weight, offset)
+
+    grad_scores = torch.zeros_like(softmax.scores)
+    grad_value = torch.zeros_like(framed)
+    shape = (windows.num_offsets, *scores.shape[3:])
+    grad_bias, grad_weight = scores.new_empty(shape), scores.new_empty(shape)
+    walks = (softmax.attn(), *(windows.shifts(x) for x in (framed, grad_scores, grad_value)))
+    for offset, (attn, tokens, score_place, value_place) in enumerate(zip(*walks, strict=True)):
+        row = _row(query_weight, offset)
+        product = (grad * tokens).sum(dim=4).unsqueeze(3)
+        grad_weight[offset] = (attn * product).sum(dim=(0, 1, 2))
+        slopes = attn * (product * row - mean)
+        grad_bias[offset] = slopes.sum(dim=(0, 1, 2))
+        score_place += slopes
+        value_place.addcmul_((attn * row).sum(dim=3).unsqueeze(4), grad)
+    inner = windows.inner
+    return inner(grad_scores), inner(grad_value).flatten(3), grad_bias, grad_weight

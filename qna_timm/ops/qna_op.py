@@ -1,0 +1,204 @@
+"""Learned-query attention in PyTorch's registry, with gradients for every way to ask for them.
+
+Graphs (compiled, exported, traced, scripted) hold `torch.ops.qna_timm.qna_attention` itself; eager
+calls go through an autograd function, which `torch.func` takes too. Gradients of gradients come
+from the form of stock operators.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from qna_timm.ops import qna_attn
+from qna_timm.ops.library import register_gradient, register_operator
+from qna_timm.ops.qna_eager import qna_offsets
+
+_ARGUMENTS = (
+    "Tensor scores, Tensor value, Tensor? rel_pos_bias, Tensor? query_weight, "
+    "int[] kernel_size, int stride, int padding, str impl"
+)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    if args[-1] == "triton":
+        return _triton().forward(*args[:-1])
+    return qna_attn.forward(*args), args[0].new_empty(0)
+
+
+def _backward(
+    grad: Tensor, lse: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if args[-1] != "triton":
+        return qna_attn.backward(grad, *args)
+    grads = _triton().backward(grad, *args[:4], None, lse, *args[4:-1])
+    scores, kernel_size = args[0], args[4]
+    empty = scores.new_zeros(kernel_size[0] * kernel_size[1], *scores.shape[3:])
+    return tuple(empty if x is None else x for x in grads)
+
+
+def _triton() -> ModuleType:
+    from qna_timm.ops import qna_triton  # an optional package
+
+    return qna_triton
+
+
+def _fake_forward(
+    scores: Tensor,
+    value: Tensor,
+    rel_pos_bias: Tensor | None,
+    query_weight: Tensor | None,
+    kernel_size: list[int],
+    stride: int,
+    padding: int,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    rows, cols = (
+        (side + 2 * padding - kernel) // stride + 1
+        for side, kernel in zip(scores.shape[1:3], kernel_size, strict=True)
+    )
+    shape = (value.shape[0], rows, cols)
+    lse = (*shape, *scores.shape[3:]) if impl == "triton" else (0,)
+    return value.new_empty(*shape, value.shape[3]), scores.new_empty(lse)
+
+
+def _fake_backward(
+    grad: Tensor,
+    lse: Any,
+    scores: Tensor,
+    value: Tensor,
+    rel_pos_bias: Any,
+    query_weight: Tensor | None,
+    kernel_size: list[int],
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    table = (kernel_size[0] * kernel_size[1], *scores.shape[3:])
+    weight = table if query_weight is None else query_weight.shape
+    shapes = scores.shape, table, weight
+    of_scores, of_bias, of_weight = (scores.new_empty(shape) for shape in shapes)
+    return of_scores, value.new_empty(value.shape), of_bias, of_weight
+
+
+register_operator(f"qna_attention({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
+register_operator(
+    f"qna_attention_backward(Tensor grad, Tensor? lse, {_ARGUMENTS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+def _window_flops(scores: torch.Size, value: torch.Size, kernel_size: list[int]) -> int:
+    """Of one sum over a window, numerator and denominator, for every query."""
+    return 2 * kernel_size[0] * kernel_size[1] * scores[3] * (value[3] + scores[4])
+
+
+@register_flop_formula(torch.ops.qna_timm.qna_attention)
+def _flops(scores: torch.Size, value: torch.Size, *rest: Any, out_shape: tuple, **_: Any) -> int:
+    return _window_flops(scores, value, rest[2]) * out_shape[0][:3].numel()
+
+
+@register_flop_formula(torch.ops.qna_timm.qna_attention_backward)
+def _backward_flops(
+    grad: torch.Size, lse: Any, scores: torch.Size, value: torch.Size, *rest: Any, **_: Any
+) -> int:
+    """Both sums anew, their transposes, and the gradients of their tables."""
+    return 3 * _window_flops(scores, value, rest[2]) * grad[:3].numel()
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.settings = inputs[4:]
+    ctx.save_for_backward(output[1] if inputs[-1] == "triton" else None, *inputs[:4])
+
+
+def _of_given(
+    grads: tuple[Tensor, ...], rel_pos_bias: Tensor | None, query_weight: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of scores, value and both tables, None for tables that were not given."""
+    scores, value, bias, weight = grads
+    bias = None if rel_pos_bias is None else bias
+    return scores, value, bias, None if query_weight is None else weight
+
+
+def _graph_gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    kept = ctx.saved_tensors
+    grads = torch.ops.qna_timm.qna_attention_backward(grad, *kept, *ctx.settings)
+    return *_of_given(grads, *kept[3:]), None, None, None, None
+
+
+register_gradient("qna_attention", _graph_gradients, _setup_context)
+
+
+class _Attention(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.qna_timm.qna_attention(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors
+        return *_of_given(_Gradients.apply(grad, *kept, *ctx.settings), *kept[3:]), *[None] * 4
+
+
+class _Gradients(torch.autograd.Function):
+    """Gradients as a function that has gradients itself."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.qna_timm.qna_attention_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.settings = inputs[6:]
+        ctx.save_for_backward(inputs[0], *inputs[2:6])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kernel_size, stride, padding, _ = ctx.settings
+        grad, scores, value, bias, weight = ctx.saved_tensors
+        table = (kernel_size[0] * kernel_size[1], *scores.shape[3:])
+        full_bias = scores.new_zeros(table) if bias is None else bias
+        full_weight = scores.new_ones(table) if weight is None else weight
+
+        def attention(scores: Tensor, value: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+            out = qna_offsets(
+                scores, value, bias, weight, (kernel_size[0], kernel_size[1]), stride, padding
+            )
+            return out.to(value.dtype)
+
+        def gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.vjp(attention, *inputs)[1](grad)
+
+        with torch.autocast(grad.device.type, enabled=False):
+            # not autograd.grad: of what torch.func.vjp has left, no graph leads back to inputs
+            _, pull = torch.func.vjp(gradients, grad, scores, value, full_bias, full_weight)
+            grad_grad, *others = pull(tuple(grads))
+        return grad_grad, None, *_of_given(tuple(others), bias, weight), *[None] * 4
+
+
+def qna_operator(
+    scores: Tensor,
+    value: Tensor,
+    rel_pos_bias: Tensor | None,
+    query_weight: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: int,
+    padding: int,
+    impl: str,
+) -> Tensor:
+    """The operator, in the way that suits the caller; arguments as in `qna_attn.Problem`."""
+    args = (scores, value, rel_pos_bias, query_weight, list(kernel_size), stride, padding, impl)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return torch.ops.qna_timm.qna_attention(*args)[0]
+    return _Attention.apply(*args)[0]

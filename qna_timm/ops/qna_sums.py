@@ -1,0 +1,251 @@
+"""Learned-query attention as sums over windows, with its gradient written out.
+
+    out = sum_q N_q / D_q,   N_q[y] = sum_o exp(bias[o]) weight[o] e[y+o] value[y+o],
+                             D_q[y] = sum_o exp(bias[o]) e[y+o],   e = exp(scores - maximum)
+
+("Learned Queries for Efficient Local Attention", CVPR 2022, section 4.) Two forms of the sums, each
+a class: depthwise convolutions (`qna_depthwise`) and Fourier transforms (`qna_fourier`).
+
+One maximum serves a whole map. Where scores spread far, what matters to a window can be lost beside
+it: forward and backward look at what came out and give None then.
+
+Letters: n images, H W map, Y X output map, Q queries, h heads, d head_dim, C = h*d channels,
+K offsets. A form has a layout of its own for head maps, [n, Q, h, 1, H, W] in some order, and
+channel maps, [n, Q, h, d, H, W] in that order.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qna_timm.ops.fourier import PEAK
+from qna_timm.ops.qna_windows import Windows
+from qna_timm.ops.workspace import Workspace
+
+# Least D, where e is at most 1: far above the smallest float32 number, so that what has vanished
+# below that does not count.
+SMALLEST_SUM = 1e-25
+# Range of scores up to which one maximum serves all maps at once; it is found faster than many.
+SHARED_RANGE = 30.0
+# What may be wrong of the output, as a part of its largest number, and of gradients, of their norm.
+OUT_TOLERANCE = 5e-5
+GRAD_TOLERANCE = 5e-4
+# Roundings that a sum of both terms of a gradient has gone through.
+ROUNDINGS = 8.0
+
+
+class Tables:
+    """exp(bias) and exp(bias) * weight [K, Q, h], the factors of both sums."""
+
+    def __init__(
+        self, bias: Tensor | None, weight: Tensor | None, shape: tuple[int, ...], like: Tensor
+    ) -> None:
+        self.has_bias, self.has_weight = bias is not None, weight is not None
+        self.weight = like.new_ones(()) if weight is None else weight
+        self.weight_rows = self.weight if weight is None else weight.flatten(1)
+        if bias is None:
+            self.below = like.new_ones(shape)
+        else:
+            self.below = (bias - bias.amax(dim=0)).exp()
+        self.above = self.below * self.weight
+
+
+def norm(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Euclidean norm over some dimensions, or all."""
+    return torch.linalg.vector_norm(x, dim=dims)
+
+
+class WindowSums(ABC):
+    """Forward and backward of a few images; how maps lie and how sums are computed is the form's.
+
+    A form that mixes all of a map has errors relative to the whole map: of a sum,
+    |error| <= noise * |map| * |table|, norms over positions and over offsets.
+    """
+
+    noise = 0.0
+    table_noise = 0.0
+    # how [n, H, W, Q, h, d] is permuted, and where positions, queries and channels are then
+    order: tuple[int, ...]
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        windows: Windows,
+        num_queries: int,
+        num_heads: int,
+        tables: Tables,
+    ) -> None:
+        self.size, self.windows, self.tables = size, windows, tables
+        self.out_size = windows.out_size(*size)
+        self.num_queries, self.num_heads = num_queries, num_heads
+        self.work = Workspace(tables.below)
+        self.queries, self.head, self.channel = (self.order.index(i) for i in (3, 4, 5))
+        self.positions = self.order.index(1), self.order.index(2)
+        self.back = tuple(self.order.index(i) for i in range(6))
+
+    @abstractmethod
+    def place(self, name: str, like: Tensor, channels: int, of_windows: bool = False) -> Tensor:
+        """A map to write to: of `channels` channels a head, at tokens or at windows."""
+
+    @abstractmethod
+    def ready(self, name: str, x: Tensor) -> Any:
+        """What has been written to a place, made ready for sums."""
+
+    @abstractmethod
+    def sums(self, x: Any, table: Tensor) -> Tensor:
+        """sum_o table[o] x[y+o] for every window y, of one channel map or head map."""
+
+    @abstractmethod
+    def sums_back(self, grad: Any, table: Tensor) -> Tensor:
+        """The transpose of `sums`: gradients at tokens."""
+
+    @abstractmethod
+    def table_grad(self, x: Any, grad: Any) -> Tensor:
+        """Gradients of the table of `sums` [K, Q, h], over all images and a head's channels."""
+
+    def spread(self, name: str, x: Tensor, channels: int) -> Tensor:
+        """Head map -> channel map, or what broadcasts to one."""
+        return x
+
+    def collect(self, x: Tensor) -> Tensor:
+        """Sums of a channel map over each head's channels."""
+        return x.sum(dim=self.channel, keepdim=True)
+
+    def over_queries(self, x: Tensor) -> Tensor:
+        """Sum of a channel map over queries, [n, y, x, C]; spends the map."""
+        first, *others = x.permute(self.back).unbind(3)
+        for other in others:
+            first.add_(other)
+        return first.flatten(3)
+
+    def _attn(self, scores: Tensor) -> Tensor:
+        """e as a head map."""
+        low, high = scores.aminmax()
+        if high - low > 30:
+            high = scores.amax(dim=(1, 2), keepdim=True)
+        shifted = (scores - high).unsqueeze(5)
+        return torch.exp(shifted.permute(self.order), out=self.place("attn", scores, 1))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[n, y, x, C] -> channel map that all queries share."""
+        return x.unflatten(3, (1, self.num_heads, -1)).permute(self.order)
+
+    def _in_range(self, attn: Tensor, below: Tensor) -> bool:
+        """Whether no window has vanished beside the map's maximum. Waits for the device."""
+        if not self.noise:
+            return bool(below.amin() >= SMALLEST_SUM)
+        least = below.amin(dim=self.positions).flatten(1)
+        lost = torch.full_like(least, SMALLEST_SUM)
+        if self.noise:
+            error = norm(attn, self.positions).flatten(1) * norm(self.tables.below, (0,)).flatten()
+            lost = torch.maximum(lost, error * (self.noise * PEAK / OUT_TOLERANCE))
+        return bool((least >= lost).all())  # not so for NaN
+
+    def forward(self, scores: Tensor, value: Tensor) -> Tensor | None:
+        """[n, Y, X, C] of scores [n, H, W, Q, h] and value [n, H, W, C]; None: out of range."""
+        attn = self._attn(scores)
+        below = self.sums(self.ready("attn", attn), self.tables.below)
+        if not self._in_range(attn, below):
+            return None
+        value = self._split(value)
+        dim = value.shape[self.channel]
+        weighted = self.place("weighted", scores, dim)
+        weighted = torch.mul(self.spread("spread", attn, dim), value, out=weighted)
+        above = self.sums(self.ready("weighted", weighted), self.tables.above)
+        out = self.over_queries(above.mul_(self.spread("spread", 1.0 / below, dim)))
+        if self.noise and not self._precise(weighted, below, out):
+            return None
+        return out
+
+    def _precise(self, weighted: Tensor, below: Tensor, out: Tensor) -> bool:
+        """Whether errors of N are small beside the output."""
+        error = norm(weighted, self.positions).amax(dim=-1).flatten(1)
+        error = error * norm(self.tables.above, (0,)).flatten()
+        error = error / below.amin(dim=self.positions).flatten(1) * (self.noise * PEAK)
+        return bool(error.amax() <= OUT_TOLERANCE * out.abs().amax())
+
+    def backward(
+        self, grad: Tensor, scores: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Gradients of scores, value, bias and weight [K, Q, h]; None: out of range.
+
+        Args:
+            grad: [n, Y, X, C].
+            scores: [n, H, W, Q, h].
+            value: [n, H, W, C].
+        """
+        attn = self._attn(scores)
+        attn_ready = self.ready("attn", attn)
+        below = self.sums(attn_ready, self.tables.below)
+        if not self._in_range(attn, below):
+            return None
+        value, grad = self._split(value), self._split(grad)
+        dim = value.shape[self.channel]
+        spread = self.spread("spread", attn, dim)
+        weighted = torch.mul(spread, value, out=self.place("weighted", scores, dim))
+        weighted_ready = self.ready("weighted", weighted)
+        above = self.sums(weighted_ready, self.tables.above)
+        below = below.reciprocal_()
+        # gradients of N and D: grad / D and -sum_d grad N / D^2
+        grad_above = self.place("grad_above", scores, dim, True)
+        torch.mul(self.spread("spread_below", below, dim), grad, out=grad_above)
+        slopes = self.collect(above.mul_(grad_above))
+        grad_below = self.place("grad_below", scores, 1, True)
+        grad_below = torch.mul(slopes, below.neg_(), out=grad_below)
+        above_ready = self.ready("grad_above", grad_above)
+        below_ready = self.ready("grad_below", grad_below)
+
+        errors = self._errors(attn, weighted, grad_above, grad_below)
+        by_above = self.table_grad(weighted_ready, above_ready).mul_(self.tables.below)
+        by_below = self.table_grad(attn_ready, below_ready).mul_(self.tables.below)
+        grad_bias = (by_above * self.tables.weight, by_below)
+        grad_weighted = self.sums_back(above_ready, self.tables.above)
+        by_value = self.collect(torch.mul(grad_weighted, value, out=weighted)).mul_(attn)
+        by_total = self.sums_back(below_ready, self.tables.below).mul_(attn)
+        grad_value = self.over_queries(grad_weighted.mul_(spread))
+        parts = ((by_value, by_total), (grad_value,), grad_bias, (by_above,))
+        found = [_total(terms, error) for terms, error in zip(parts, errors, strict=True)]
+        if any(x is None for x in found):
+            return None
+        grad_scores, *others = found
+        return grad_scores.permute(self.back).squeeze(5), *others
+
+    def _errors(self, attn: Tensor, weighted: Tensor, above: Tensor, below: Tensor) -> list[Tensor]:
+        """How far gradients of scores, value, bias and weight may be off, as norms.
+
+        Args:
+            attn: e as a head map.
+            weighted: e * value as a channel map.
+            above: Gradients of N as a channel map.
+            below: Gradients of D as a head map.
+        """
+        zero = attn.new_zeros(())
+        if not (self.noise or self.table_noise):
+            return [zero] * 4
+        dims = (*self.positions, self.channel)
+        attn, weighted, above, below = (
+            norm(x, dims).flatten(1) for x in (attn, weighted, above, below)
+        )
+        tables = self.tables
+        of_above = self.noise * above * norm(tables.above, (0,)).flatten()
+        of_below = self.noise * below * norm(tables.below, (0,)).flatten()
+        by_above = self.table_noise * norm(weighted * above, (0,)) * tables.below.flatten(1)
+        by_below = self.table_noise * norm(attn * below, (0,)) * tables.below.flatten(1)
+        by_weight = by_above * tables.weight_rows
+        return [
+            norm(torch.stack([weighted * of_above, attn * of_below])),
+            norm(attn * of_above),
+            norm(torch.stack([by_weight, by_below])) if tables.has_bias else zero,
+            norm(by_above) if tables.has_weight else zero,
+        ]
+
+
+def _total(terms: tuple[Tensor, ...], error: Tensor) -> Tensor | None:
+    """Sum of terms, None where it may be off by too much: of terms much larger, or by `error`."""
+    total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    if len(terms) > 1:
+        rounding = ROUNDINGS * torch.finfo(total.dtype).eps
+        error = error + rounding * (norm(terms[0]) + norm(terms[1]))
+    return total if bool(error <= GRAD_TOLERANCE * norm(total)) else None

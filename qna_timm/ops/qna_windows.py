@@ -1,0 +1,56 @@
+"""Where the windows of learned-query attention lie on a map.
+
+Letters: H W map, Y X output map, K = kh*kw offsets of a window.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Window (y, x) begins at token (stride*y - padding, stride*x - padding).
+
+    Args:
+        kernel_size: (kh, kw) in tokens.
+        stride: Tokens between windows.
+        padding: Tokens around the map.
+    """
+
+    kernel_size: tuple[int, int]
+    stride: int
+    padding: int
+
+    @property
+    def num_offsets(self) -> int:
+        """K."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    def out_size(self, height: int, width: int) -> tuple[int, int]:
+        """Windows down and across, (Y, X)."""
+        return tuple(
+            (side + 2 * self.padding - kernel) // self.stride + 1
+            for side, kernel in zip((height, width), self.kernel_size, strict=True)
+        )
+
+    def framed(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """Map [n, H, W, ...] in its padding."""
+        p = self.padding
+        return F.pad(x, [0, 0] * (x.dim() - 3) + [p, p, p, p], value=fill)
+
+    def inner(self, framed: Tensor) -> Tensor:
+        """The map in a framed one."""
+        p = self.padding
+        return framed[:, p : framed.shape[1] - p, p : framed.shape[2] - p]
+
+    def shifts(self, framed: Tensor) -> Iterator[Tensor]:
+        """What windows see at each of their offsets: K views [n, Y, X, ...], in row-major order."""
+        kernel_h, kernel_w = self.kernel_size
+        step = self.stride
+        rows, cols = framed.shape[1] - kernel_h + 1, framed.shape[2] - kernel_w + 1
+        for ky in range(kernel_h):
+            for kx in range(kernel_w):
+                yield framed[:, ky : ky + rows : step, kx : kx + cols : step]
