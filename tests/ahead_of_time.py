@@ -20,7 +20,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 class Launch(NamedTuple):

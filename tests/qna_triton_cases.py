@@ -9,7 +9,6 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ops import error, make_inputs, to
 from torch import Tensor
 
 from qna_timm.ops import qna_attention_reference, qna_triton
@@ -21,6 +20,47 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value encountered:RuntimeWarning",
     "ignore:divide by zero encountered:RuntimeWarning",
 )
+
+
+# height, width, queries, heads, head_dim, window, stride, padding
+SIZES = {
+    "odd-map": (5, 7, 2, 3, 4, (3, 3), 1, 1),
+    "stride-2": (5, 6, 1, 2, 4, (3, 3), 2, 1),
+    "wide-stride-2": (4, 5, 2, 1, 4, (5, 5), 2, 2),
+    "kernel-over-map": (2, 3, 2, 2, 4, (5, 5), 1, 2),
+    "even-kernel": (5, 4, 3, 2, 2, (4, 4), 1, 1),
+    "oblong-kernel": (5, 6, 2, 2, 4, (2, 5), 1, 1),
+    "whole-map": (3, 3, 2, 2, 2, (3, 3), 1, 0),
+    "one-token": (1, 1, 2, 2, 3, (3, 3), 2, 1),
+    "odd-channels": (4, 4, 1, 1, 5, (3, 3), 1, 1),
+    "many-heads": (3, 3, 1, 11, 8, (3, 3), 1, 1),
+    "broad-head": (3, 3, 1, 2, 65, (3, 3), 1, 1),
+    "several-tiles": (18, 34, 2, 1, 2, (3, 3), 1, 1),
+    "broad-head-at-two-parts": (17, 6, 1, 2, 12, (2, 5), 1, 1),
+}
+
+
+def make_inputs(
+    size: str, tables: str = "both", batch: int = 2
+) -> tuple[list[Tensor | None], tuple]:
+    """Scores, value, bias and weight in float64, and the remaining arguments."""
+    height, width, queries, heads, head_dim, window, stride, padding = SIZES[size]
+    gen = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen, dtype=torch.float64)
+
+    scores = draw(batch, height, width, queries, heads)
+    value = draw(batch, height, width, heads * head_dim)
+    offsets = window[0] * window[1]
+    bias = None if tables == "no-bias" else draw(offsets, queries, heads)
+    rows = 1 if tables == "weight-per-query" else offsets
+    weight = None if tables == "no-weight" else draw(rows, queries, heads)
+    return [scores, value, bias, weight], (window, stride, padding)
+
+
+def to(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if x is None else x.to(dtype) for x in tensors]
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +111,7 @@ def compare(tensors: list[Tensor | None], args: tuple, limits: tuple[float, floa
     direction = direction_of(tensors, args)
     found = run(to(tensors, torch.float32), args, direction)
     wanted = expect(to(tensors, torch.float32), args, direction)
-    assert error(found[0], wanted[0]) <= limits[0]
+    assert (found[0].double() - wanted[0]).abs().max() <= limits[0] * wanted[0].abs().max()
     for f, w in zip(found[1:], wanted[1:], strict=True):
         assert (f.double() - w).norm() <= limits[1] * w.norm() + 1e-6
 
@@ -84,16 +124,20 @@ def compare(tensors: list[Tensor | None], args: tuple, limits: tuple[float, floa
         ("odd-map", "no-weight"),
         ("odd-map", "weight-per-query"),
         ("stride-2", "weight-per-query"),
+        ("wide-stride-2", "both"),
         ("kernel-over-map", "both"),
         ("even-kernel", "both"),
+        ("oblong-kernel", "weight-per-query"),
         ("whole-map", "no-bias"),
         ("one-token", "both"),
         ("odd-channels", "no-weight"),
+        ("many-heads", "both"),
+        ("broad-head", "both"),
     ],
 )
 def test_matches_reference(size: str, tables: str) -> None:
-    tensors, args = make_inputs(size, tables, batch=1 if size == "kernel-over-map" else 2)
-    compare(tensors, args, (1e-5, 1e-5))
+    batch = 2 if size in ("odd-map", "stride-2") else 1
+    compare(*make_inputs(size, tables, batch), (1e-5, 1e-5))
 
 
 def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,21 +157,28 @@ def tower(tensors: list[Tensor | None], scale: float) -> None:
     tensors[0] = scores.float().double()
 
 
+@pytest.fixture(params=["cuda-cores", "tensor-cores"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kernels of the forward pass, whatever the window."""
+    offsets = 1 if request.param == "tensor-cores" else 1 << 30
+    monkeypatch.setattr(qna_triton, "TENSOR_CORE_OFFSETS", offsets)
+
+
 @pytest.mark.parametrize("scale", [30.0, 1e4])
-def test_large_scores(scale: float) -> None:
+def test_large_scores(scale: float, form: None) -> None:
     tensors, args = make_inputs("odd-map")
     tower(tensors, scale)
     compare(tensors, args, (1e-4, 1e-3))
 
 
-def test_wide_bias_and_common_offset() -> None:
+def test_wide_bias_and_common_offset(form: None) -> None:
     tensors, args = make_inputs("odd-map", batch=1)
     tensors[0] = (tensors[0] - 1e4).float().double()
     tensors[2] = (tensors[2] * 1e3).float().double()
     compare(tensors, args, (1e-4, 1e-3))
 
 
-def test_not_a_number_stays_where_it_is() -> None:
+def test_not_a_number_stays_where_it_is(form: None) -> None:
     """A NaN score spoils the windows that see it and no other."""
     tensors, args = make_inputs("odd-map", batch=1)
     direction = direction_of(tensors, args)
@@ -159,7 +210,7 @@ def in_low_precision(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision(dtype: torch.dtype) -> None:
+def test_low_precision(dtype: torch.dtype, form: None) -> None:
     """At most twice the error of the formula in that type, and its rounding: mean and maximum."""
     tensors, args = make_inputs("odd-map")
     direction = direction_of(tensors, args).to(dtype).double()
@@ -196,20 +247,50 @@ def test_layouts() -> None:
             assert torch.equal(f, w)
 
 
-def test_many_heads_and_a_broad_head() -> None:
-    """Several blocks of heads, the last one in part; and a head of more channels than a block."""
-    gen = torch.Generator().manual_seed(0)
-    for heads, head_dim in ((11, 8), (2, 65)):
-        shapes = ((1, 3, 3, 1, heads), (1, 3, 3, heads * head_dim), (9, 1, heads), (9, 1, heads))
-        tensors = [torch.randn(shape, generator=gen, dtype=torch.float64) for shape in shapes]
-        compare(tensors, ((3, 3), 1, 1), (1e-5, 1e-5))
+@pytest.mark.parametrize(
+    ("size", "tables"),
+    [
+        ("odd-map", "both"),
+        ("odd-map", "no-bias"),
+        ("odd-map", "no-weight"),
+        ("kernel-over-map", "weight-per-query"),
+        ("even-kernel", "both"),
+        ("whole-map", "both"),
+        ("several-tiles", "both"),
+        ("broad-head-at-two-parts", "both"),
+    ],
+)
+def test_tensor_cores(size: str, tables: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and denominators as from the other kernel."""
+    tensors, args = make_inputs(size, tables)
+    single = [None if x is None else x.to(DEVICE, torch.float32) for x in tensors]
+    monkeypatch.setattr(qna_triton, "TENSOR_CORE_OFFSETS", 1 << 30)
+    wanted = qna_triton.forward(*single, *args)
+    monkeypatch.setattr(qna_triton, "TENSOR_CORE_OFFSETS", 1)
+    launched = []
+    launch = qna_triton._launch_toeplitz
+    monkeypatch.setattr(qna_triton, "_launch_toeplitz", lambda *x: (launched.append(1), launch(*x)))
+    found = qna_triton.forward(*single, *args)
+    assert launched
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w, rtol=1e-5, atol=1e-5)
 
 
-def test_oblong_window() -> None:
-    gen = torch.Generator().manual_seed(0)
-    shapes = ((1, 5, 6, 2, 2), (1, 5, 6, 8), (10, 2, 2), (1, 2, 2))
-    tensors = [torch.randn(shape, generator=gen, dtype=torch.float64) for shape in shapes]
-    compare(tensors, ((2, 5), 1, 1), (1e-5, 1e-5))
+def test_tiles_that_products_cannot_serve() -> None:
+    """A tower in one tile of several, and a value that is not finite in another."""
+    tensors, args = make_inputs("several-tiles", batch=1)
+    tensors[0][0, 3, 5] += 500.0
+    single = [None if x is None else x.to(DEVICE, torch.float32) for x in tensors]
+    single[1][0, 1, 33, 0] = float("inf")
+    wanted = qna_attention_reference(*(x.double().cpu() for x in single), *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qna_triton, "TENSOR_CORE_OFFSETS", 1)
+        found = qna_triton.forward(*single, *args)[0]
+    spoilt = ~wanted.isfinite()
+    assert spoilt.sum() == 6  # one channel in the windows that see the value
+    assert torch.equal(~found.cpu().isfinite(), spoilt)
+    found, wanted = found.cpu().double()[~spoilt], wanted[~spoilt]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_empty_batch() -> None:

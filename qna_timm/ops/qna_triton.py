@@ -11,6 +11,7 @@ import contextlib
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.runtime import KernelInterface
@@ -18,6 +19,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from qna_timm.ops.qna_triton_backward import delta_kernel, table_kernel, token_kernel
 from qna_timm.ops.qna_triton_kernels import forward_kernel
+from qna_timm.ops.qna_triton_toeplitz import toeplitz_kernel
 
 MAX_HEAD_DIM = 256
 # Bytes of values in a program's block [positions, heads, channels of a head]: two loads of 16 bytes
@@ -28,6 +30,16 @@ BLOCK_BYTES = 4096
 TABLE_PROGRAMS = 2048
 # Offsets that one of them sums for: two sums for each, query and head stay in registers.
 TABLE_OFFSETS = 4
+# Offsets of a window from which on the tensor cores are taken.
+TENSOR_CORE_OFFSETS = 49
+# Rows and channels of a program there, which make the 128 rows of a product of 16 tokens. More
+# channels of a head are more programs; more queries would have more sums than registers.
+TOEPLITZ_ROWS = 16
+TOEPLITZ_DIMS = 8
+TOEPLITZ_QUERIES = 4
+TOEPLITZ_CHUNK = 16
+# Registers of a thread there, so that three programs share a multiprocessor.
+TOEPLITZ_REGISTERS = 168
 # Fused multiply-adds, which the next versions of Triton leave out unless they are asked for.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -101,6 +113,25 @@ class _Problem:
             "STRIDE": stride,
             "PADDING": padding,
         }
+
+    def takes_tensor_cores(self) -> bool:
+        """Where the zeros of a banded product cost less than its speed gains, and its sums for all
+        queries stay in registers."""
+        large = self.offsets >= TENSOR_CORE_OFFSETS
+        return large and self.constants["STRIDE"] == 1 and self.queries <= TOEPLITZ_QUERIES
+
+    def exponentials(self) -> tuple[Tensor, Tensor, Tensor]:
+        """exp(bias) * weight and exp(bias), [Q, h, kh, kw], relative to the largest bias [Q, h]."""
+        kernel_size = (self.constants["KERNEL_H"], self.constants["KERNEL_W"])
+        tops = torch.zeros(self.queries, self.heads, device=self.value.device)
+        denominator = tops.new_ones(self.queries, self.heads, self.offsets)
+        if self.bias is not None:
+            tops = self.bias.amax(dim=0)
+            denominator = (self.bias - tops).exp().permute(1, 2, 0)
+        numerator = denominator
+        if self.weight is not None:
+            numerator = denominator * self.weight.permute(1, 2, 0)
+        return numerator.unflatten(2, kernel_size), denominator.unflatten(2, kernel_size), tops
 
     def tiles(self, size: tuple[int, ...]) -> tuple[int, int]:
         """Tiles of a map, down and across."""
@@ -192,8 +223,56 @@ def forward(
     out = torch.empty(*shape, value.shape[3], dtype=value.dtype, device=value.device)
     lse = torch.empty(*shape, *scores.shape[3:], dtype=torch.float32, device=value.device)
     maps = (problem.scores, problem.value, problem.bias, problem.weight, out, lse)
-    problem.launch(forward_kernel, problem.out_size, maps, problem.strides)
+    if problem.takes_tensor_cores():
+        _launch_toeplitz(problem, out, lse)
+    else:
+        problem.launch(forward_kernel, problem.out_size, maps, problem.strides)
     return out, lse
+
+
+def _bands(table: Tensor, columns: int, tokens: int) -> Tensor:
+    """Banded Toeplitz matrices of rows [..., kw]: entry [..., t, c] is that of offset t - c."""
+    rows = F.pad(table, [columns - 1, tokens - table.shape[-1]])
+    return rows.unfold(rows.dim() - 1, columns, 1).flip(-1)  # ..., t, c
+
+
+def _launch_toeplitz(problem: _Problem, out: Tensor, lse: Tensor) -> None:
+    columns = 32 if problem.out_size[1] > 16 and problem.queries <= 2 else 16
+    tile = (TOEPLITZ_ROWS, columns)
+    tiles = tuple(triton.cdiv(n, t) for n, t in zip(problem.out_size, tile, strict=True))
+    dims = min(triton.next_power_of_2(problem.head_dim), TOEPLITZ_DIMS)
+    parts = triton.cdiv(problem.head_dim, dims)
+    grid = (problem.batch * tiles[0] * tiles[1], problem.heads * parts)
+    if grid[0] == 0:
+        return
+    low_precision = problem.value.dtype == torch.bfloat16
+    tokens = tile[1] + problem.constants["KERNEL_W"] - 1
+    tokens = triton.cdiv(tokens, TOEPLITZ_CHUNK) * TOEPLITZ_CHUNK
+    *tables, tops = problem.exponentials()
+    numerators, denominators = (_bands(table, tile[1], tokens) for table in tables)
+    if low_precision:
+        numerators, high = (bands.to(torch.bfloat16) for bands in (numerators, denominators))
+        denominators = torch.cat([high, (denominators - high).to(torch.bfloat16)], dim=-1)
+    options = {**OPTIONS, "num_stages": 1}  # loads far ahead would take registers
+    if low_precision and problem.queries <= 2 and torch.version.hip is None:
+        options["maxnreg"] = TOEPLITZ_REGISTERS
+    with _on(out.device):
+        toeplitz_kernel[grid](
+            *(problem.scores, problem.value, problem.bias, problem.weight),
+            *(numerators, denominators, tops),
+            *(out, lse, problem.size, problem.out_size, tiles),
+            *problem.strides,
+            problem.weight_step,
+            **problem.constants,
+            TILE_H=tile[0],
+            TILE_W=tile[1],
+            TOKENS=tokens,
+            CHUNK=TOEPLITZ_CHUNK,
+            BD=dims,
+            LOW_PRECISION=low_precision,
+            INTERPRETED=isinstance(toeplitz_kernel, InterpretedFunction),
+            **options,
+        )
 
 
 def backward(

@@ -73,6 +73,103 @@ def load_table(table, row, query, heads, default: tl.constexpr):
 
 
 @triton.jit
+def attend(
+    scores,
+    value,
+    bias,
+    weight,
+    out,
+    lse,
+    image,
+    rows,
+    cols,
+    heads,
+    has_head,
+    channels,
+    has_channel,
+    size,
+    out_size,
+    score_strides,
+    value_strides,
+    weight_step,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    """out and lse at positions [P] of an image, for a block of heads.
+
+    A first walk over the window finds its maximum, a second one takes all sums.
+    """
+    P: tl.constexpr = rows.shape[0]
+    BH: tl.constexpr = channels.shape[0]
+    BD: tl.constexpr = channels.shape[1]
+    on_map = (rows < out_size[0]) & (cols < out_size[1])
+    scores += image * score_strides[0]
+    value += image * value_strides[0]
+    top, left = rows * STRIDE - PADDING, cols * STRIDE - PADDING
+
+    # Per query: the window's largest score, and its largest score + bias. The first is taken off
+    # before the bias is added: at scores of 1e4 a float32 sum keeps three decimals of the bias.
+    peaks, tops = (), ()
+    for _ in tl.static_range(QUERIES):
+        peaks += (tl.full((P, BH), float("-inf"), tl.float32),)
+        tops += (tl.full((P, BH), float("-inf"), tl.float32),)
+    for ky in range(KERNEL_H):
+        for kx in range(KERNEL_W):
+            y, x = top + ky, left + kx
+            inside = on_map & (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
+            places = y.to(tl.int64) * score_strides[1] + x * score_strides[2]
+            row = (ky * KERNEL_W + kx) * QUERIES * HEADS
+            new_peaks, new_tops = (), ()
+            for q in tl.static_range(QUERIES):
+                score = load_heads(scores + q * HEADS, places, inside, heads, float("-inf"))
+                raised = score + load_table(bias, row, q * HEADS, heads, 0.0)
+                new_peaks += (tl.maximum(peaks[q], score),)
+                new_tops += (tl.maximum(tops[q], raised),)
+            peaks, tops = new_peaks, new_tops
+
+    totals, sums = (), ()
+    for _ in tl.static_range(QUERIES):
+        totals += (tl.zeros((P, BH), tl.float32),)
+        sums += (tl.zeros((P, BH, BD), tl.float32),)
+    for ky in range(KERNEL_H):
+        for kx in range(KERNEL_W):
+            y, x = top + ky, left + kx
+            inside = on_map & (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
+            places = y.to(tl.int64) * value_strides[1] + x * value_strides[2]
+            values = load_channels(value, places, inside, channels, has_channel)
+            places = y.to(tl.int64) * score_strides[1] + x * score_strides[2]
+            offset = ky * KERNEL_W + kx
+            row = offset * QUERIES * HEADS
+            new_totals, new_sums = (), ()
+            for q in tl.static_range(QUERIES):
+                score = load_heads(scores + q * HEADS, places, inside, heads, float("-inf"))
+                added = load_table(bias, row, q * HEADS, heads, 0.0)
+                attn = tl.exp((score - peaks[q]) + (added - (tops[q] - peaks[q])))
+                new_totals += (totals[q] + attn,)
+                attn *= load_table(weight, offset * weight_step, q * HEADS, heads, 1.0)
+                new_sums += (sums[q] + attn[:, :, None] * values,)
+            totals, sums = new_totals, new_sums
+
+    places = (image * out_size[0] + rows) * out_size[1] + cols
+    result = tl.zeros((P, BH, BD), tl.float32)
+    for q in tl.static_range(QUERIES):
+        result += sums[q] / totals[q][:, :, None]
+        log = peaks[q] + ((tops[q] - peaks[q]) + tl.log(totals[q]))
+        row = (places * QUERIES + q) * HEADS
+        store_heads(lse, row, on_map, heads, has_head, log)
+    tl.store(
+        out + places[:, None, None] * (HEADS * HEAD_DIM) + channels[None, :, :],
+        result,
+        mask=on_map[:, None, None] & has_channel[None, :, :],
+    )
+
+
+@triton.jit
 def forward_kernel(
     scores,
     value,
@@ -98,67 +195,34 @@ def forward_kernel(
     BH: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """out = sum_q sum_o softmax_o(score + bias) weight value, and the logarithm of the softmax's
-    denominator. A first walk over the window finds its maximum, a second one takes all sums."""
+    """out = sum_q sum_o softmax_o(score + bias) weight value, and lse, the logarithm of the
+    softmax's denominator."""
     image, rows, cols = tile_positions(tl.program_id(0), tiles, TILE_H, TILE_W)
-    on_map = (rows < out_size[0]) & (cols < out_size[1])
     heads, has_head, channels, has_channel = head_block(tl.program_id(1), HEADS, HEAD_DIM, BH, BD)
-    scores += image * score_strides[0]
-    value += image * value_strides[0]
-    top, left = rows * STRIDE - PADDING, cols * STRIDE - PADDING
-
-    # Per query: the window's largest score, and its largest score + bias. The first is taken off
-    # before the bias is added: at scores of 1e4 a float32 sum keeps three decimals of the bias.
-    peaks, tops = (), ()
-    for _ in tl.static_range(QUERIES):
-        peaks += (tl.full((TILE_H * TILE_W, BH), float("-inf"), tl.float32),)
-        tops += (tl.full((TILE_H * TILE_W, BH), float("-inf"), tl.float32),)
-    for ky in range(KERNEL_H):
-        for kx in range(KERNEL_W):
-            y, x = top + ky, left + kx
-            inside = on_map & (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
-            places = y.to(tl.int64) * score_strides[1] + x * score_strides[2]
-            row = (ky * KERNEL_W + kx) * QUERIES * HEADS
-            new_peaks, new_tops = (), ()
-            for q in tl.static_range(QUERIES):
-                score = load_heads(scores + q * HEADS, places, inside, heads, float("-inf"))
-                raised = score + load_table(bias, row, q * HEADS, heads, 0.0)
-                new_peaks += (tl.maximum(peaks[q], score),)
-                new_tops += (tl.maximum(tops[q], raised),)
-            peaks, tops = new_peaks, new_tops
-
-    totals, sums = (), ()
-    for _ in tl.static_range(QUERIES):
-        totals += (tl.zeros((TILE_H * TILE_W, BH), tl.float32),)
-        sums += (tl.zeros((TILE_H * TILE_W, BH, BD), tl.float32),)
-    for ky in range(KERNEL_H):
-        for kx in range(KERNEL_W):
-            y, x = top + ky, left + kx
-            inside = on_map & (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
-            places = y.to(tl.int64) * value_strides[1] + x * value_strides[2]
-            values = load_channels(value, places, inside, channels, has_channel)
-            places = y.to(tl.int64) * score_strides[1] + x * score_strides[2]
-            offset = ky * KERNEL_W + kx
-            row = offset * QUERIES * HEADS
-            new_totals, new_sums = (), ()
-            for q in tl.static_range(QUERIES):
-                score = load_heads(scores + q * HEADS, places, inside, heads, float("-inf"))
-                added = load_table(bias, row, q * HEADS, heads, 0.0)
-                attn = tl.exp((score - peaks[q]) + (added - (tops[q] - peaks[q])))
-                new_totals += (totals[q] + attn,)
-                attn *= load_table(weight, offset * weight_step, q * HEADS, heads, 1.0)
-                new_sums += (sums[q] + attn[:, :, None] * values,)
-            totals, sums = new_totals, new_sums
-
-    places = (image * out_size[0] + rows) * out_size[1] + cols
-    result = tl.zeros((TILE_H * TILE_W, BH, BD), tl.float32)
-    for q in tl.static_range(QUERIES):
-        result += sums[q] / totals[q][:, :, None]
-        log = peaks[q] + ((tops[q] - peaks[q]) + tl.log(totals[q]))
-        row = (places * QUERIES + q) * HEADS
-        store_heads(lse, row, on_map, heads, has_head, log)
-    tl.store(
-        out + places[:, None, None] * (HEADS * HEAD_DIM) + channels[None, :, :],
-        result,
-        mask=on_map[:, None, None] & has_channel[None, :, :],
+    attend(
+        scores,
+        value,
+        bias,
+        weight,
+        out,
+        lse,
+        image,
+        rows,
+        cols,
+        heads,
+        has_head,
+        channels,
+        has_channel,
+        size,
+        out_size,
+        score_strides,
+        value_strides,
+        weight_step,
+        QUERIES,
+        HEADS,
+        HEAD_DIM,
+        KERNEL_H,
+        KERNEL_W,
+        STRIDE,
+        PADDING,
     )
