@@ -6,11 +6,12 @@ Letters: B batch, H W map, C = h*d channels, h heads, d head_dim, k kernel_size,
 import torch
 from torch import Tensor
 
+from qna_timm.ops.dispatch import Choice, against_triton, choose
 from qna_timm.ops.reference import span_attention_reference
 from qna_timm.ops.span_attn import span_offsets
-from qna_timm.ops.span_tiles import span_tiles
+from qna_timm.ops.span_op import span_tiles, span_triton
 
-SPAN_FORMS = ("auto", "reference", "offsets", "tiles")
+SPAN_FORMS = ("auto", "reference", "offsets", "tiles", "triton")
 
 
 def _check_span(
@@ -39,6 +40,20 @@ def _check_span(
         raise ValueError(f"floor must be [{offsets}] and come with a mask, got {list(floor.shape)}")
     if impl not in SPAN_FORMS:
         raise ValueError(f"impl must be one of {SPAN_FORMS}, got {impl!r}")
+
+
+def _choose_span(impl: str, qkv: Tensor, kernel_size: int, num_heads: int) -> Choice:
+    """The ladder: kernels where they are known to serve, else tiles."""
+
+    def unsupported() -> str | None:
+        from qna_timm.ops import span_triton as kernels  # an optional package
+
+        return kernels.unsupported(qkv, kernel_size, num_heads)
+
+    def against(asked_for: bool) -> str | None:
+        return against_triton(qkv, asked_for, unsupported)
+
+    return choose(impl, (("triton", against),), "tiles")
 
 
 def span_attention(
@@ -73,15 +88,17 @@ def span_attention(
         scale: Of the scores.
         mask_padding: Leave offsets off the map out.
         impl: 'auto', or one form with no fall-back: 'reference' (position by position), 'offsets'
-            (any order of gradients, forward-mode ones, scripts; keeps B*h*H*W*K scores) or 'tiles'
-            (gradients by hand, not forward-mode; keeps qkv). 'auto' is 'tiles', except in
-            scripts.
+            (any order of gradients, forward-mode ones, scripts; keeps B*h*H*W*K scores), 'tiles'
+            (gradients by hand, not forward-mode; keeps qkv) or 'triton' (the same in fused kernels,
+            for GPUs; keeps the output too; m + floor must not be negative). 'auto' is 'triton' on
+            GPUs where that was measured, else 'tiles', except in scripts.
 
     Returns:
         [B, H, W, C] in qkv's dtype.
 
     Raises:
-        ValueError: shapes that do not go together, or an unknown impl.
+        ValueError: shapes that do not go together, an unknown impl, or 'triton' where the kernels
+            cannot compute this.
     """
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     rel_pos_h, rel_pos_w = rel_pos_h.to(dtype), rel_pos_w.to(dtype)
@@ -97,8 +114,9 @@ def span_attention(
     else:  # in so many words: the script compiler skips an else branch, not code that follows
         _check_span(qkv, rel_pos_h, rel_pos_w, num_heads, mask, floor, impl)
         rest = (rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale)
-        if impl in ("auto", "tiles"):
-            return span_tiles(qkv, *rest)
+        impl = _choose_span(impl, qkv, rel_pos_h.shape[1], num_heads).impl
+        if impl in ("tiles", "triton"):
+            return (span_tiles if impl == "tiles" else span_triton)(qkv, *rest)
         form = span_offsets if impl == "offsets" else span_attention_reference
         with torch.autocast(qkv.device.type, enabled=False):
             return form(qkv.to(dtype), *rest).to(qkv.dtype)

@@ -12,15 +12,12 @@ Letters: B batch, H W map, C = h*d channels, h heads, d head_dim, k kernel_size,
 p = (k-1)/2 radius; R, Q tiles down and across, N = images * R * Q tiles at a time.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from qna_timm.ops.span_attn import span_offsets
 from qna_timm.ops.span_grid import TileGrid, Workspace
 
 # Scores at a time: what caches hold on a CPU, enough to fill a GPU.
@@ -194,8 +191,8 @@ class _Problem:
         return self.grid.queries(query, rows).to(self.dtype) * self.scale
 
 
-def _forward(qkv: Tensor, *rest: Any) -> Tensor:
-    """`span_tiles`."""
+def forward(qkv: Tensor, *rest: Any) -> Tensor:
+    """Output [B, H, W, C]; arguments as in `span_offsets`, qkv in any dtype."""
     problem = _Problem(qkv, *rest)
     grid = problem.grid
     out = qkv.new_empty(*qkv.shape[:3], problem.channels)
@@ -215,7 +212,7 @@ def _forward(qkv: Tensor, *rest: Any) -> Tensor:
     return out
 
 
-def _backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv [B, H, W, 3*C], both tables [C, 2*k] and the mask [h, K]."""
     problem = _Problem(qkv, *rest)
     grid, work, num_heads = problem.grid, problem.work, len(problem.heads)
@@ -260,140 +257,3 @@ def _backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Te
                 places[1].copy_(grid.inner(grad_key))
                 places[2].copy_(grid.inner(grad_value))
     return grad_qkv, grad_rel, grad_mask
-
-
-_ARGUMENTS = (
-    "Tensor qkv, Tensor rel_pos_h, Tensor rel_pos_w, Tensor? mask, Tensor? floor, "
-    "int num_heads, bool mask_padding, float scale"
-)
-_library = torch.library.Library("qna_timm", "FRAGMENT")
-_library.define(f"span_tiles({_ARGUMENTS}) -> Tensor")
-_library.define(f"span_tiles_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
-
-
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast stops at functions, not at what they call."""
-
-    @functools.wraps(function)
-    def call(first: Tensor, *args: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *args)
-
-    return call
-
-
-for _name, _function in (("span_tiles", _forward), ("span_tiles_backward", _backward)):
-    _library.impl(_name, _without_autocast(_function), "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("qna_timm::span_tiles", lib=_library)
-def _(qkv: Tensor, *_: Any) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-
-
-@torch.library.register_fake("qna_timm::span_tiles_backward", lib=_library)
-def _(
-    grad: Tensor,
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    mask: Tensor | None,
-    floor: Tensor | None,
-    num_heads: int,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    channels, kernel_size = rel_pos_h.shape
-    return (
-        torch.empty_like(qkv),
-        rel_pos_h.new_empty(channels, 2 * kernel_size),
-        rel_pos_h.new_empty(num_heads, kernel_size**2),
-    )
-
-
-@register_flop_formula(torch.ops.qna_timm.span_tiles)
-def _flops(qkv_shape: torch.Size, rel_pos_shape: torch.Size, *_: Any, **__: Any) -> int:
-    """Scores and weighted values of a window at every position, whatever tiles add to it."""
-    return 4 * (qkv_shape.numel() // 3) * rel_pos_shape[1] ** 2
-
-
-@register_flop_formula(torch.ops.qna_timm.span_tiles_backward)
-def _backward_flops(
-    _: torch.Size, qkv_shape: torch.Size, rel_pos_shape: torch.Size, *__: Any, **___: Any
-) -> int:
-    """Scores anew, then four products as large: of P, queries, keys and values."""
-    return 10 * (qkv_shape.numel() // 3) * rel_pos_shape[1] ** 2
-
-
-def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-    ctx.settings = inputs[5:]
-    ctx.save_for_backward(*inputs[:5])
-
-
-def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    if torch.is_grad_enabled():  # somebody wants gradients of the gradient
-        return *_grad_of_offsets(grad, inputs, *ctx.settings), None, None, None, None
-    grad_qkv, grad_rel, grad_mask = torch.ops.qna_timm.span_tiles_backward(
-        grad, *inputs, *ctx.settings
-    )
-    by_row, by_col = grad_rel.chunk(2, dim=1)
-    grad_mask = None if inputs[3] is None else grad_mask
-    return grad_qkv, by_row, by_col, grad_mask, None, None, None, None
-
-
-# for graphs that hold the operator itself, exported ones
-torch.library.register_autograd(
-    "qna_timm::span_tiles", _gradients, setup_context=_setup_context, lib=_library
-)
-
-
-class _SpanTiles(torch.autograd.Function):
-    """Both operators as one function with a gradient, which `torch.func` takes too."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return torch.ops.qna_timm.span_tiles(*args)
-
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_gradients)
-
-
-def _grad_of_offsets(
-    grad: Tensor,
-    inputs: tuple[Tensor | None, ...],
-    num_heads: int,
-    mask_padding: bool,
-    scale: float,
-) -> list[Tensor | None]:
-    """Gradients of qkv, both tables and the mask that have gradients themselves."""
-    given = [x for x in inputs[:4] if x is not None]
-
-    def offsets(
-        qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        rest = (rel_pos_h, rel_pos_w, mask, inputs[4], num_heads, mask_padding, scale)
-        return span_offsets(qkv.to(rel_pos_h.dtype), *rest).to(qkv.dtype)
-
-    with torch.autocast(grad.device.type, enabled=False):
-        # not autograd.grad: of what torch.func.vjp has left, no graph leads back to saved inputs
-        _, gradients = torch.func.vjp(offsets, *given)
-        return [*gradients(grad), None][:4]
-
-
-def span_tiles(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    mask: Tensor | None,
-    floor: Tensor | None,
-    num_heads: int,
-    mask_padding: bool,
-    scale: float,
-) -> Tensor:
-    """The function in tiles; arguments as in `span_attention`, tables in the dtype to compute in.
-
-    Keeps qkv for backward and nothing else. Gradients of gradients come from `span_offsets`.
-    """
-    return _SpanTiles.apply(qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale)

@@ -26,23 +26,22 @@ PROGRAMS = 2048  # that share the tiles of the second kernel: more than a GPU ru
 
 
 def unsupported(qkv: Tensor, kernel_size: int, num_heads: int) -> str | None:
-    """Why the kernels cannot run, or None. Arguments as in `span_attention`."""
-    device = qkv.device
-    if device.type not in ("cuda", "meta") and not INTERPRETED:
-        return f"it needs a CUDA device, qkv is on {device.type}"
-    if device.type == "cuda" and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return (
-                f"it needs compute capability 8.0, this device has {capability[0]}.{capability[1]}"
-            )
+    """Why the kernels cannot compute this, in a clause, or None where they can."""
+    if not hasattr(triton.language, "gather"):
+        return f"the kernels need triton 3.3, this is {triton.__version__}"
+    if not (qkv.is_cuda or qkv.is_meta or INTERPRETED):
+        return f"qkv is on {qkv.device.type}, Triton needs a GPU"
+    if qkv.is_cuda and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(qkv.device)
+        if properties.major < 8:
+            return f"{properties.name} is older than the kernels, made for capability 8.0"
     if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it takes float32, bfloat16 and float16, qkv is {qkv.dtype}"
+        return f"qkv is {qkv.dtype}, not float32, bfloat16 or float16"
     if qkv.shape[3] > 3 * num_heads * MOST_CHANNELS:
         head_dim = qkv.shape[3] // (3 * num_heads)
-        return f"it takes up to {MOST_CHANNELS} channels a head, these have {head_dim}"
+        return f"a head has {head_dim} channels, more than {MOST_CHANNELS}"
     if kernel_size > MOST_STEPS:
-        return f"it takes windows up to {MOST_STEPS - 1}, this is {kernel_size}"
+        return f"kernel_size is {kernel_size}, more than {MOST_STEPS - 1}"
     return None
 
 
@@ -224,7 +223,7 @@ def backward(
             span_bwd_queries_kernel[(parts * num_heads,)](
                 grad,
                 *problem.inputs,
-                out,
+                out.contiguous(),
                 *stats,
                 delta,
                 grad_qkv,

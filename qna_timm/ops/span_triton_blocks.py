@@ -55,7 +55,7 @@ def matmul(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def split_matmul(b_map, b_table, PRECISION: tl.constexpr):
-    """Products of a map in any type with a float32 table, of which nothing is lost."""
+    """Products of a map in any type with a float32 table, in halves as a sum of two: to 2^-17."""
     b_high = b_table.to(b_map.dtype)
     b_products = matmul(b_map, b_high, PRECISION)
     if b_map.dtype != tl.float32:
