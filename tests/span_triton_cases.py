@@ -258,6 +258,22 @@ def test_graphs_and_transforms() -> None:
         assert torch.allclose(layer(qkv), out, atol=1e-6)
 
 
+def test_saved_for_backward() -> None:
+    """qkv, the output, two numbers of every query and head, and the tables."""
+    arguments = to_device(problem((1, 8, 8, 8, 2, 5, False, "positive")), torch.bfloat16)
+    saved: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    arguments["qkv"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        span_attention(**arguments, impl="triton")
+    tables = sum(arguments[name].nbytes for name in ("rel_pos_h", "rel_pos_w", "mask", "floor"))
+    assert sum(saved.values()) <= 8 * 8 * (2 * 4 * 8 + 4 * 2 * 2) + tables
+
+
 def test_second_gradients() -> None:
     arguments = to_device(problem((1, 2, 3, 4, 1, 3, False, "positive")), torch.float32)
     found = []
