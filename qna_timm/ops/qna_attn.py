@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qna_timm.ops.qna_depthwise import DepthwiseSums
+from qna_timm.ops.qna_depthwise import depthwise_sums
 from qna_timm.ops.qna_exact import exact_backward, exact_forward
 from qna_timm.ops.qna_fourier import FourierSums
 from qna_timm.ops.qna_sums import Tables, WindowSums
@@ -19,8 +19,6 @@ CPU_NUMBERS = 2**20
 GPU_NUMBERS = 2**27
 # Offsets of a window from which Fourier transforms take less time than convolutions.
 FOURIER_OFFSETS = 169
-
-FORMS: dict[str, type[WindowSums]] = {"depthwise": DepthwiseSums, "fft": FourierSums}
 
 
 class Problem:
@@ -46,9 +44,14 @@ class Problem:
         self.table = (self.windows.num_offsets, *scores.shape[3:])
         tables = Tables(*self.parameters, self.table, scores)
         self.forms = [
-            (name, FORMS[name](self.size, self.windows, *scores.shape[3:], tables))
+            (name, self._form(name)(self.size, self.windows, *scores.shape[3:], tables))
             for name in self._order()
         ]
+
+    def _form(self, name: str) -> type[WindowSums]:
+        if name == "fft":
+            return FourierSums
+        return depthwise_sums(self.windows, self.value.device.type == "cpu")
 
     def why_not(self, name: str) -> str | None:
         """Why a form of sums is not the first that 'auto' tries."""
@@ -94,7 +97,7 @@ class Problem:
             )
 
     def forward(self, images: slice) -> tuple[str, Tensor]:
-        """The form that served and its output [n, Y, X, C]."""
+        """The form that served and its output [n, Y, X, h, d]."""
         scores, value = self.split(images)
         for name, form in self.forms:
             if (out := form.forward(scores, value)) is not None:
@@ -103,7 +106,7 @@ class Problem:
         return "exact", exact_forward(scores, value, *self.parameters, self.windows)
 
     def backward(self, grad: Tensor, images: slice) -> tuple[Tensor, ...]:
-        """Gradients of scores, value, bias and weight [K, Q, h]."""
+        """Gradients of scores, value [n, H, W, h, d], bias and weight [K, Q, h]."""
         scores, value = self.split(images)
         grad = grad[images].to(scores.dtype)
         for _, form in self.forms:
@@ -126,8 +129,9 @@ def forward(
     """[B, Y, X, C] in value's dtype; arguments as in `Problem`."""
     problem = Problem(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding, impl)
     out = value.new_empty(value.shape[0], *problem.out_size, value.shape[3])
+    by_head = out.unflatten(3, (scores.shape[4], -1))
     for images in problem.parts():
-        out[images] = problem.forward(images)[1]
+        by_head[images] = problem.forward(images)[1]
     problem.release()
     return out
 
@@ -148,8 +152,9 @@ def backward(
     grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
     grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
     grad_tables = scores.new_zeros(2, *problem.table)
+    by_head = grad_value.unflatten(3, (scores.shape[4], -1))
     for images in problem.parts():
-        grad_scores[images], grad_value[images], *tables = problem.backward(grad, images)
+        grad_scores[images], by_head[images], *tables = problem.backward(grad, images)
         grad_tables += torch.stack(tables)
     problem.release()
     grad_bias, grad_weight = grad_tables

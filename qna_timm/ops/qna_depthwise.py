@@ -1,8 +1,9 @@
-"""Window sums of learned-query attention by depthwise convolution, channels-last.
+"""Window sums of learned-query attention by depthwise convolution, in the layout that is faster.
 
 Letters: n images, H W map, Q queries, h heads, d head_dim, K offsets.
 """
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -11,42 +12,28 @@ from torch import Tensor
 
 from qna_timm.ops.fourier import Grid
 from qna_timm.ops.qna_sums import WindowSums
+from qna_timm.ops.qna_windows import Windows
 
-# Offsets up to which PyTorch's gradient of a depthwise kernel is fast.
+# Offsets up to which PyTorch's gradient of a depthwise kernel is fast, and channels-last faster.
 FEW_OFFSETS = 9
+# Offsets from which PyTorch's depthwise convolution is slow unless it is channels-last.
+MANY_OFFSETS = 169
 
 
-class DepthwiseSums(WindowSums):
-    """Head maps [n, H, W, Q, h, 1] and channel maps [n, H, W, Q, h, d]."""
-
-    order = (0, 1, 2, 3, 4, 5)
+class _Convolutions(WindowSums):
+    """Sums of maps seen as planes [n, Q*h*d, H, W], in the same memory."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.grid: Grid | None = None
-        if self.windows.num_offsets > FEW_OFFSETS:
-            self.grid = Grid(self.size, self.windows)
-            self.table_noise = self.grid.noise(self.tables.below.dtype)
         self.kernels: dict[tuple[int, int], Tensor] = {}
 
-    def place(self, name: str, like: Tensor, channels: int, of_windows: bool = False) -> Tensor:
-        size = self.out_size if of_windows else self.size
-        shape = (like.shape[0], *size, self.num_queries, self.num_heads, channels)
-        return self.work.get(name, shape)
+    @abstractmethod
+    def planes(self, x: Tensor) -> Tensor:
+        """A map as planes."""
 
-    def ready(self, name: str, x: Tensor) -> Tensor:
-        return x
-
-    # Numbers for so few neighbours, and sums of so few, are slow; products with ones are not.
-    def spread(self, name: str, x: Tensor, channels: int) -> Tensor:
-        pairs = self.num_queries * self.num_heads
-        ones = torch.eye(pairs, dtype=x.dtype, device=x.device).repeat_interleave(channels, dim=1)
-        out = self.work.get(name, (*x.shape[:5], channels))
-        torch.mm(x.view(-1, pairs), ones, out=out.view(-1, pairs * channels))
-        return out
-
-    def collect(self, x: Tensor) -> Tensor:
-        return torch.mm(x.flatten(0, 4), x.new_ones(x.shape[5], 1)).view(*x.shape[:5], 1)
+    @abstractmethod
+    def map(self, planes: Tensor, channels: int) -> Tensor:
+        """The inverse of `planes`."""
 
     def _kernel(self, table: Tensor, channels: int) -> Tensor:
         """[K, Q, h] -> [Q*h*channels, 1, kh, kw]."""
@@ -56,53 +43,129 @@ class DepthwiseSums(WindowSums):
             self.kernels[key] = kernel.view(-1, 1, *self.windows.kernel_size)
         return self.kernels[key]
 
+    def ready(self, name: str, x: Tensor) -> Tensor:
+        return x
+
     def sums(self, x: Tensor, table: Tensor) -> Tensor:
-        kernel = self._kernel(table, x.shape[5])
-        stride, padding = self.windows.stride, self.windows.padding
-        return _maps(F.conv2d(_planes(x), kernel, None, stride, padding, groups=len(kernel)), x)
+        channels = x.shape[self.channel]
+        kernel, windows = self._kernel(table, channels), self.windows
+        settings = (windows.stride, windows.padding, 1, len(kernel))
+        return self.map(F.conv2d(self.planes(x), kernel, None, *settings), channels)
 
     def sums_back(self, grad: Tensor, table: Tensor) -> Tensor:
-        kernel = self._kernel(table, grad.shape[5])
-        stride, padding = self.windows.stride, self.windows.padding
-        sides = zip(self.size, self.windows.kernel_size, strict=True)
-        if stride == 1:
-            margins = [side - 1 - padding for side in self.windows.kernel_size]
-            out = F.conv2d(_planes(grad), kernel.flip(2, 3), None, 1, margins, groups=len(kernel))
+        channels = grad.shape[self.channel]
+        kernel, windows = self._kernel(table, channels), self.windows
+        planes = self.planes(grad)
+        if windows.stride == 1:
+            margins = [side - 1 - windows.padding for side in windows.kernel_size]
+            out = F.conv2d(planes, kernel.flip(2, 3), None, 1, margins, 1, len(kernel))
         else:
-            # tokens beyond the last window
-            extra = [(side + 2 * padding - window) % stride for side, window in sides]
-            out = F.conv_transpose2d(
-                _planes(grad), kernel, None, stride, padding, extra, groups=len(kernel)
-            )
-        return _maps(out, grad)
+            beyond = _beyond(self.size, windows)
+            settings = (windows.stride, windows.padding, beyond, len(kernel))
+            out = F.conv_transpose2d(planes, kernel, None, *settings)
+        return self.map(out, channels)
+
+
+def _beyond(size: tuple[int, int], windows: Windows) -> list[int]:
+    """Tokens beyond the last window, down and across."""
+    sides = zip(size, windows.kernel_size, strict=True)
+    return [(side + 2 * windows.padding - kernel) % windows.stride for side, kernel in sides]
+
+
+class ChannelsLastSums(_Convolutions):
+    """For windows of few offsets. Maps [n, H, W, Q, h, d]."""
+
+    order = (0, 1, 2, 3, 4, 5)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.ones: dict[int, Tensor] = {}
+
+    def place(self, name: str, like: Tensor, channels: int, of_windows: bool = False) -> Tensor:
+        size = self.out_size if of_windows else self.size
+        return self.work.get(
+            name, (like.shape[0], *size, self.num_queries, self.num_heads, channels)
+        )
+
+    def planes(self, x: Tensor) -> Tensor:
+        return x.flatten(3).permute(0, 3, 1, 2)
+
+    def map(self, planes: Tensor, channels: int) -> Tensor:
+        x = planes.permute(0, 2, 3, 1).contiguous()
+        return x.view(*x.shape[:3], self.num_queries, self.num_heads, channels)
+
+    def _ones(self, channels: int) -> Tensor:
+        """Which channels are whose: [Q*h, Q*h*channels]."""
+        if channels not in self.ones:
+            eye = torch.eye(self.num_queries * self.num_heads).to(self.tables.below)
+            self.ones[channels] = eye.repeat_interleave(channels, dim=1)
+        return self.ones[channels]
+
+    # One number for so few neighbours, and sums of so few, are slow; products with ones are not.
+    def spread(self, name: str, x: Tensor, channels: int) -> Tensor:
+        ones = self._ones(channels)
+        out = self.work.get(name, (*x.shape[:5], channels))
+        torch.mm(x.view(-1, ones.shape[0]), ones, out=out.view(-1, ones.shape[1]))
+        return out
+
+    def collect(self, x: Tensor) -> Tensor:
+        ones = self._ones(x.shape[5])
+        return torch.mm(x.view(-1, ones.shape[1]), ones.t()).view(*x.shape[:5], 1)
 
     def table_grad(self, x: Tensor, grad: Tensor) -> Tensor:
-        if self.grid is None:
-            return self._kernel_grad(x, grad)
-        transforms = []
-        for name, maps, place in (("x", x, self.grid.tokens), ("grad", grad, self.grid.outputs)):
-            shape = (maps.shape[0], self.num_queries, self.num_heads, maps.shape[5])
-            key = (self.size, self.windows)
-            frame = self.work.get(f"{name} {maps.shape[5]}", (*shape, *self.grid.points), key)
-            place(frame).copy_(maps.permute(0, 3, 4, 5, 1, 2))
-            transforms.append(torch.fft.rfft2(frame))
-        return self.grid.table_grad(*transforms)
-
-    def _kernel_grad(self, x: Tensor, grad: Tensor) -> Tensor:
-        stride, padding = [self.windows.stride] * 2, [self.windows.padding] * 2
-        planes, dim = _planes(x), x.shape[5]
-        kernel = x.new_empty(1).expand(planes.shape[1], 1, *self.windows.kernel_size)
-        settings = (stride, padding, [1, 1], False, [0, 0], len(kernel), [False, True, False])
-        found = torch.ops.aten.convolution_backward(_planes(grad), planes, kernel, None, *settings)
-        found = found[1].view(self.num_queries, self.num_heads, dim, -1)
+        windows, planes = self.windows, self.planes(x)
+        kernel = x.new_empty(1).expand(planes.shape[1], 1, *windows.kernel_size)
+        steps = ([windows.stride] * 2, [windows.padding] * 2, [1, 1], False, [0, 0], len(kernel))
+        _, found, _ = torch.ops.aten.convolution_backward(
+            self.planes(grad), planes, kernel, None, *steps, [False, True, False]
+        )
+        found = found.view(self.num_queries, self.num_heads, x.shape[5], -1)
         return found.sum(dim=2).permute(2, 0, 1).contiguous()
 
 
-def _planes(x: Tensor) -> Tensor:
-    """[n, H, W, Q, h, d] -> [n, Q*h*d, H, W] in the same memory."""
-    return x.flatten(3).permute(0, 3, 1, 2)
+class PlanarSums(_Convolutions):
+    """For other windows. Maps [n, Q, h, d, H, W]; gradients of tables by Fourier transforms."""
+
+    order = (0, 3, 4, 5, 1, 2)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.grid = Grid(self.size, self.windows)
+        self.table_noise = self.grid.noise(self.tables.below.dtype)
+
+    def place(self, name: str, like: Tensor, channels: int, of_windows: bool = False) -> Tensor:
+        size = self.out_size if of_windows else self.size
+        return self.work.get(
+            name, (like.shape[0], self.num_queries, self.num_heads, channels, *size)
+        )
+
+    def planes(self, x: Tensor) -> Tensor:
+        planes = x.flatten(1, 3)
+        if self.windows.num_offsets >= MANY_OFFSETS:
+            planes = planes.contiguous(memory_format=torch.channels_last)
+        return planes
+
+    def map(self, planes: Tensor, channels: int) -> Tensor:
+        x = planes.contiguous()
+        return x.view(len(x), self.num_queries, self.num_heads, channels, *x.shape[2:])
+
+    def shared(self, name: str, x: Tensor) -> Tensor:
+        # once in the order that products need it in
+        x = super().shared(name, x)
+        return self.work.get(name, tuple(x.shape)).copy_(x)
+
+    def table_grad(self, x: Tensor, grad: Tensor) -> Tensor:
+        transforms = []
+        for name, maps, place in (("x", x, self.grid.tokens), ("grad", grad, self.grid.outputs)):
+            key = (self.size, self.windows)
+            shape = (*maps.shape[:4], *self.grid.points)
+            frame = self.work.get(f"{name} {maps.shape[3]}", shape, key)
+            place(frame).copy_(maps)
+            transforms.append(torch.fft.rfft2(frame))
+        return self.grid.table_grad(*transforms)
 
 
-def _maps(planes: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_planes`."""
-    return planes.permute(0, 2, 3, 1).contiguous().unflatten(3, like.shape[3:])
+def depthwise_sums(windows: Windows, on_cpu: bool) -> type[WindowSums]:
+    """The faster of both."""
+    few = windows.num_offsets <= FEW_OFFSETS
+    return ChannelsLastSums if few and on_cpu else PlanarSums

@@ -68,7 +68,7 @@ def exact_forward(
     query_weight: Tensor | None,
     windows: Windows,
 ) -> Tensor:
-    """Arguments as in `qna_attention`, all of one dtype; [n, Y, X, C]."""
+    """Arguments as in `qna_attention`, all of one dtype; [n, Y, X, h, d]."""
     heads = value.unflatten(3, (scores.shape[4], -1))
     softmax = ExactWindows(scores, rel_pos_bias, windows)
     seen = windows.shifts(windows.framed(heads))
@@ -76,7 +76,7 @@ def exact_forward(
     for offset, (attn, tokens) in enumerate(zip(softmax.attn(), seen, strict=True)):
         weight = (attn * _row(query_weight, offset)).sum(dim=3)
         out.addcmul_(weight.unsqueeze(4), tokens)
-    return out.flatten(3)
+    return out
 
 
 def exact_backward(
@@ -87,7 +87,7 @@ def exact_backward(
     query_weight: Tensor | None,
     windows: Windows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of scores, value, bias [K, Q, h] and weight [K, Q, h].
+    """Gradients of scores, value [n, H, W, h, d], bias and weight [K, Q, h].
 
     slope[o] = weight[o] <grad, value[y+o]>
     ds[y+o] += attn[o] (slope[o] - sum_o attn[o] slope[o])
@@ -117,4 +117,4 @@ def exact_backward(
         score_place += slopes
         value_place.addcmul_((attn * row).sum(dim=3).unsqueeze(4), grad)
     inner = windows.inner
-    return inner(grad_scores), inner(grad_value).flatten(3), grad_bias, grad_weight
+    return inner(grad_scores), inner(grad_value), grad_bias, grad_weight

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qna_timm.ops.fourier import Grid
-from qna_timm.ops.qna_sums import WindowSums
+from qna_timm.ops.qna_sums import WindowSums, norm
 
 
 class FourierSums(WindowSums):
@@ -29,6 +29,14 @@ class FourierSums(WindowSums):
         frame = self.work.get(name, shape, (self.size, self.windows, of_windows))
         self.frames[name] = frame
         return self.grid.outputs(frame) if of_windows else self.grid.tokens(frame)
+
+    def shared(self, name: str, x: Tensor) -> Tensor:
+        # once in the order that products need it in
+        x = super().shared(name, x)
+        return self.work.get(name, tuple(x.shape)).copy_(x)
+
+    def norms(self, name: str, x: Tensor) -> Tensor:
+        return norm(self.frames[name].flatten(4), (4,))  # around the map there are zeros
 
     def ready(self, name: str, x: Tensor) -> Tensor:
         return torch.fft.rfft2(self.frames[name])

@@ -66,7 +66,7 @@ class WindowSums(ABC):
 
     noise = 0.0
     table_noise = 0.0
-    # how [n, H, W, Q, h, d] is permuted, and where positions, queries and channels are then
+    # how [n, H, W, Q, h, d] is permuted
     order: tuple[int, ...]
 
     def __init__(
@@ -81,7 +81,7 @@ class WindowSums(ABC):
         self.out_size = windows.out_size(*size)
         self.num_queries, self.num_heads = num_queries, num_heads
         self.work = Workspace(tables.below)
-        self.queries, self.head, self.channel = (self.order.index(i) for i in (3, 4, 5))
+        self.channel = self.order.index(5)
         self.positions = self.order.index(1), self.order.index(2)
         self.back = tuple(self.order.index(i) for i in range(6))
 
@@ -113,43 +113,44 @@ class WindowSums(ABC):
         """Sums of a channel map over each head's channels."""
         return x.sum(dim=self.channel, keepdim=True)
 
+    def shared(self, name: str, x: Tensor) -> Tensor:
+        """[n, y, x, C] -> channel map that all queries share."""
+        return x.unflatten(3, (1, self.num_heads, -1)).permute(self.order)
+
+    def norms(self, name: str, x: Tensor) -> Tensor:
+        """Norms over positions of what has been written to a place: [n, Q, h, channels]."""
+        return norm(x, self.positions)
+
     def over_queries(self, x: Tensor) -> Tensor:
-        """Sum of a channel map over queries, [n, y, x, C]; spends the map."""
+        """Sum of a channel map over queries, [n, y, x, h, d]; spends the map."""
         first, *others = x.permute(self.back).unbind(3)
         for other in others:
             first.add_(other)
-        return first.flatten(3)
+        return first
 
     def _attn(self, scores: Tensor) -> Tensor:
         """e as a head map."""
-        low, high = scores.aminmax()
-        if high - low > 30:
-            high = scores.amax(dim=(1, 2), keepdim=True)
-        shifted = (scores - high).unsqueeze(5)
+        low, shift = scores.aminmax()
+        if shift - low > SHARED_RANGE:
+            shift = scores.amax(dim=(1, 2), keepdim=True)
+        shifted = (scores - shift).unsqueeze(5)
         return torch.exp(shifted.permute(self.order), out=self.place("attn", scores, 1))
-
-    def _split(self, x: Tensor) -> Tensor:
-        """[n, y, x, C] -> channel map that all queries share."""
-        return x.unflatten(3, (1, self.num_heads, -1)).permute(self.order)
 
     def _in_range(self, attn: Tensor, below: Tensor) -> bool:
         """Whether no window has vanished beside the map's maximum. Waits for the device."""
         if not self.noise:
-            return bool(below.amin() >= SMALLEST_SUM)
-        least = below.amin(dim=self.positions).flatten(1)
-        lost = torch.full_like(least, SMALLEST_SUM)
-        if self.noise:
-            error = norm(attn, self.positions).flatten(1) * norm(self.tables.below, (0,)).flatten()
-            lost = torch.maximum(lost, error * (self.noise * PEAK / OUT_TOLERANCE))
-        return bool((least >= lost).all())  # not so for NaN
+            return bool(below.amin() >= SMALLEST_SUM)  # not so for NaN
+        error = self.norms("attn", attn).flatten(1) * norm(self.tables.below, (0,)).flatten()
+        lost = (error * (self.noise * PEAK / OUT_TOLERANCE)).clamp(min=SMALLEST_SUM)
+        return bool((below.amin(dim=self.positions).flatten(1) >= lost).all())
 
     def forward(self, scores: Tensor, value: Tensor) -> Tensor | None:
-        """[n, Y, X, C] of scores [n, H, W, Q, h] and value [n, H, W, C]; None: out of range."""
+        """[n, Y, X, h, d] of scores [n, H, W, Q, h], value [n, H, W, C]; None: out of range."""
         attn = self._attn(scores)
         below = self.sums(self.ready("attn", attn), self.tables.below)
         if not self._in_range(attn, below):
             return None
-        value = self._split(value)
+        value = self.shared("value", value)
         dim = value.shape[self.channel]
         weighted = self.place("weighted", scores, dim)
         weighted = torch.mul(self.spread("spread", attn, dim), value, out=weighted)
@@ -161,7 +162,7 @@ class WindowSums(ABC):
 
     def _precise(self, weighted: Tensor, below: Tensor, out: Tensor) -> bool:
         """Whether errors of N are small beside the output."""
-        error = norm(weighted, self.positions).amax(dim=-1).flatten(1)
+        error = self.norms("weighted", weighted).amax(dim=3).flatten(1)
         error = error * norm(self.tables.above, (0,)).flatten()
         error = error / below.amin(dim=self.positions).flatten(1) * (self.noise * PEAK)
         return bool(error.amax() <= OUT_TOLERANCE * out.abs().amax())
@@ -169,7 +170,7 @@ class WindowSums(ABC):
     def backward(
         self, grad: Tensor, scores: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Gradients of scores, value, bias and weight [K, Q, h]; None: out of range.
+        """Gradients of scores, value [n, H, W, h, d], both tables [K, Q, h]; None: out of range.
 
         Args:
             grad: [n, Y, X, C].
@@ -181,7 +182,7 @@ class WindowSums(ABC):
         below = self.sums(attn_ready, self.tables.below)
         if not self._in_range(attn, below):
             return None
-        value, grad = self._split(value), self._split(grad)
+        value, grad = self.shared("value", value), self.shared("grad", grad)
         dim = value.shape[self.channel]
         spread = self.spread("spread", attn, dim)
         weighted = torch.mul(spread, value, out=self.place("weighted", scores, dim))
@@ -212,7 +213,9 @@ class WindowSums(ABC):
         grad_scores, *others = found
         return grad_scores.permute(self.back).squeeze(5), *others
 
-    def _errors(self, attn: Tensor, weighted: Tensor, above: Tensor, below: Tensor) -> list[Tensor]:
+    def _errors(
+        self, attn: Tensor, weighted: Tensor, above: Tensor, below: Tensor
+    ) -> list[Tensor | float]:
         """How far gradients of scores, value, bias and weight may be off, as norms.
 
         Args:
@@ -221,12 +224,11 @@ class WindowSums(ABC):
             above: Gradients of N as a channel map.
             below: Gradients of D as a head map.
         """
-        zero = attn.new_zeros(())
         if not (self.noise or self.table_noise):
-            return [zero] * 4
-        dims = (*self.positions, self.channel)
+            return [0.0] * 4
+        maps = {"attn": attn, "weighted": weighted, "grad_above": above, "grad_below": below}
         attn, weighted, above, below = (
-            norm(x, dims).flatten(1) for x in (attn, weighted, above, below)
+            norm(self.norms(name, x), (3,)).flatten(1) for name, x in maps.items()
         )
         tables = self.tables
         of_above = self.noise * above * norm(tables.above, (0,)).flatten()
@@ -237,15 +239,16 @@ class WindowSums(ABC):
         return [
             norm(torch.stack([weighted * of_above, attn * of_below])),
             norm(attn * of_above),
-            norm(torch.stack([by_weight, by_below])) if tables.has_bias else zero,
-            norm(by_above) if tables.has_weight else zero,
+            norm(torch.stack([by_weight, by_below])) if tables.has_bias else 0.0,
+            norm(by_above) if tables.has_weight else 0.0,
         ]
 
 
-def _total(terms: tuple[Tensor, ...], error: Tensor) -> Tensor | None:
+def _total(terms: tuple[Tensor, ...], error: Tensor | float) -> Tensor | None:
     """Sum of terms, None where it may be off by too much: of terms much larger, or by `error`."""
-    total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    total, rounding = terms[0], 0.0
     if len(terms) > 1:
-        rounding = ROUNDINGS * torch.finfo(total.dtype).eps
-        error = error + rounding * (norm(terms[0]) + norm(terms[1]))
-    return total if bool(error <= GRAD_TOLERANCE * norm(total)) else None
+        total = terms[0] + terms[1]
+        rounding = float(norm(terms[0]) + norm(terms[1])) * ROUNDINGS * torch.finfo(total.dtype).eps
+    most = rounding + float(error)
+    return total if most == 0.0 or most <= GRAD_TOLERANCE * float(norm(total)) else None
