@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_span_ops import CASES, agree, problem, run
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from qna_timm.ops import ring_index, span_attention, span_triton
@@ -240,13 +241,16 @@ class Layer(torch.nn.Module):
 
 
 def test_graphs_and_transforms() -> None:
-    """Compiled, exported and differentiated as a function: the same numbers."""
+    """Compiled, exported, checkpointed, differentiated as a function: the same numbers."""
     arguments = to_device(problem((1, 3, 4, 4, 1, 3, False, "positive")), torch.float32)
     qkv = arguments.pop("qkv")
     layer, leaf = Layer(arguments), qkv.clone().requires_grad_()
     out = layer(leaf)
     wanted = torch.autograd.grad(out.square().sum(), leaf)[0]
     found = torch.func.grad(lambda x: layer(x).square().sum())(qkv)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    again = checkpoint(layer, leaf, use_reentrant=False)
+    found = torch.autograd.grad(again.square().sum(), leaf)[0]
     assert torch.allclose(found, wanted, atol=1e-6)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     found = torch.autograd.grad(compiled(leaf).square().sum(), leaf)[0]

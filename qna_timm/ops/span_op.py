@@ -86,7 +86,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, Tenso
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    inputs, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors  # once: under checkpointing a second look is an error
+    inputs, kept = saved[:5], saved[5:]
     if torch.is_grad_enabled():  # somebody wants gradients of the gradient
         return *_grad_of_offsets(grad, inputs, *ctx.settings), None, None, None, None
     backward = _span_triton_backward if kept else _span_tiles_backward
