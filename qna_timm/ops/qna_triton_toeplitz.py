@@ -23,11 +23,12 @@ SMALLEST_SUM = tl.constexpr(2.0**-60)
 
 
 @triton.jit
-def load_scores(scores, ys, xs, size, strides):
-    """Scores [tokens, rows] of a query and head, -inf off the map."""
+def load_levels(levels, ys, xs, size, strides, SIGN: tl.constexpr):
+    """What is raised to exponentials, [tokens, rows] of a query and head; -inf off the map."""
     inside = ((ys >= 0) & (ys < size[0]))[None, :] & ((xs >= 0) & (xs < size[1]))[:, None]
     places = ys.to(tl.int64)[None, :] * strides[1] + (xs * strides[2])[:, None]
-    return tl.load(scores + places, mask=inside, other=float("-inf"))
+    found = tl.load(levels + places, mask=inside, other=0.0)
+    return tl.where(inside, SIGN * found, float("-inf"))
 
 
 @triton.jit
@@ -56,16 +57,130 @@ def split(terms):
 
 
 @triton.jit
+def place_of_tile(tiles, HEAD_DIM: tl.constexpr, TILE_H, TILE_W, BD: tl.constexpr):
+    """Image (64-bit), first row and column, head, and part of its channels of this program."""
+    tile = tl.program_id(0)
+    image = tl.full((), tile // tiles[1] // tiles[0], tl.int64)
+    first_row, first_col = tile // tiles[1] % tiles[0] * TILE_H, tile % tiles[1] * TILE_W
+    PARTS: tl.constexpr = (HEAD_DIM + BD - 1) // BD
+    return image, first_row, first_col, tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+
+
+@triton.jit
+def window_sums(
+    levels,
+    scalars,
+    vectors,
+    numerators,
+    denominators,
+    first_row,
+    first_col,
+    head,
+    dims,
+    size,
+    level_strides,
+    vector_strides,
+    SIGN: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BD: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """For every query, over the windows of a tile and with e = exp(SIGN * level - peak):
+
+        peak, the largest SIGN * level of the tile and its halo,
+        sums of e vector [TILE_H * BD, TILE_W] and of e scalar [TILE_H, TILE_W]
+
+    Pointers of maps are those of an image and a head. Bands are [Q, h, KERNEL_H, TOKENS, columns].
+    In low precision the second sum, of which there is an eighth as much, is still good to 16 bits:
+    its numbers come as sums of two, the band as one column beside the other.
+    """
+    SUMS: tl.constexpr = 2 if LOW_PRECISION else 1
+    rows = first_row - PAD_H + tl.arange(0, TILE_H)
+    tokens = first_col - PAD_W + tl.arange(0, CHUNK)
+    # rows of the window, and chunks of tokens, of which some are on the map
+    top = tl.maximum(PAD_H - first_row - (TILE_H - 1), 0)
+    bottom = tl.minimum(size[0] + PAD_H - first_row, KERNEL_H)
+    start = tl.maximum(PAD_W - first_col, 0) // CHUNK
+    stop = tl.cdiv(tl.minimum(size[1] + PAD_W - first_col, TILE_W + KERNEL_W - 1), CHUNK)
+
+    peaks = ()
+    for q in tl.static_range(QUERIES):
+        highest = tl.full((CHUNK, TILE_H), float("-inf"), tl.float32)
+        for ky in range(0, TILE_H + KERNEL_H - 1, TILE_H):
+            for chunk in range(start, stop):
+                xs = tokens + chunk * CHUNK
+                found = load_levels(levels + q * HEADS, rows + ky, xs, size, level_strides, SIGN)
+                highest = tl.maximum(highest, found)
+        peaks += (tl.max(tl.max(highest, axis=1), axis=0),)
+
+    sums, totals = (), ()
+    for _ in tl.static_range(QUERIES):
+        sums += (tl.zeros((TILE_H * BD, TILE_W), tl.float32),)
+        totals += (tl.zeros((SUMS * TILE_H, SUMS * TILE_W), tl.float32),)
+    for ky in range(top, bottom):
+        ys = rows + ky
+        in_rows = (ys >= 0) & (ys < size[0])
+        for chunk in range(start, stop):
+            xs = tokens + chunk * CHUNK
+            inside = ((xs >= 0) & (xs < size[1]))[:, None] & in_rows[None, :]
+            mask = inside[:, :, None] & (dims < HEAD_DIM)[None, None, :]
+            places = (xs * vector_strides[2])[:, None, None] + dims[None, None, :]
+            places += ys.to(tl.int64)[None, :, None] * vector_strides[1]
+            found_vectors = tl.load(vectors + places, mask=mask, other=0.0).to(tl.float32)
+            token = chunk * CHUNK + tl.arange(0, CHUNK)
+            new_sums, new_totals = (), ()
+            for q in tl.static_range(QUERIES):
+                found = load_levels(levels + q * HEADS, ys, xs, size, level_strides, SIGN)
+                terms = tl.exp(found - peaks[q])
+                entry = ((q * HEADS + head) * KERNEL_H + ky) * TOKENS + token
+                band = load_band(numerators, entry, TILE_W)
+                weighted = (terms[:, :, None] * found_vectors).reshape(CHUNK, TILE_H * BD)
+                new_sums += (multiply(weighted, band, sums[q], LOW_PRECISION, INTERPRETED),)
+                if scalars is not None:
+                    places = ys.to(tl.int64)[None, :] * level_strides[1]
+                    places += (xs * level_strides[2])[:, None]
+                    terms *= tl.load(scalars + q * HEADS + places, mask=inside, other=0.0)
+                band = load_band(denominators, entry, SUMS * TILE_W)
+                if LOW_PRECISION:
+                    terms = split(terms)
+                new_totals += (multiply(terms, band, totals[q], LOW_PRECISION, INTERPRETED),)
+            sums, totals = new_sums, new_totals
+
+    whole_totals = ()
+    for q in tl.static_range(QUERIES):
+        total = totals[q].reshape(TILE_H, SUMS, SUMS, TILE_W)
+        whole_totals += (tl.sum(tl.sum(total, axis=1), axis=1),)
+    return peaks, sums, whole_totals
+
+
+@triton.jit
+def everywhere(good, on_map):
+    """Whether something holds at all positions of a tile that are on the map."""
+    return tl.min(tl.min(tl.where(on_map, good.to(tl.int32), 1), axis=1), axis=0) == 1
+
+
+@triton.jit
 def toeplitz_kernel(
     scores,
     value,
     bias,
     weight,
+    out,
+    lse,
     numerators,
     denominators,
     tops,
-    out,
-    lse,
     size,
     out_size,
     tiles,
@@ -87,84 +202,53 @@ def toeplitz_kernel(
     LOW_PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """out and lse of a tile, for a head and BD of its channels.
-
-    Bands of both sums are [Q, h, KERNEL_H, TOKENS, columns], relative to `tops` [Q, h], the
-    largest biases. In low precision the denominator, which the gradients need too, is still good
-    to 16 bits: its numbers come as sums of two, the band as one column beside the other.
-    """
-    SUMS: tl.constexpr = 2 if LOW_PRECISION else 1
-    PARTS: tl.constexpr = (HEAD_DIM + BD - 1) // BD
-    tile = tl.program_id(0)
-    image = tl.full((), tile // tiles[1] // tiles[0], tl.int64)
-    first_row = tile // tiles[1] % tiles[0] * TILE_H
-    first_col = tile % tiles[1] * TILE_W
+    """out and lse of a tile, for a head and BD of its channels; bands are relative to the largest
+    biases, `tops` [Q, h]."""
+    image, first_row, first_col, head, part = place_of_tile(tiles, HEAD_DIM, TILE_H, TILE_W, BD)
     rows, cols = first_row + tl.arange(0, TILE_H), first_col + tl.arange(0, TILE_W)
-    tokens = first_col - PADDING + tl.arange(0, CHUNK)
-    head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
     dims = part * BD + tl.arange(0, BD)
-    own_scores = scores + image * score_strides[0] + head
-    own_value = value + image * value_strides[0] + head * HEAD_DIM
-    # rows of the window, and chunks of tokens, of which some are on the map
-    top = tl.maximum(PADDING - first_row - (TILE_H - 1), 0)
-    bottom = tl.minimum(size[0] + PADDING - first_row, KERNEL_H)
-    start = tl.maximum(PADDING - first_col, 0) // CHUNK
-    stop = tl.cdiv(tl.minimum(size[1] + PADDING - first_col, TILE_W + KERNEL_W - 1), CHUNK)
-
-    peaks = ()
-    for q in tl.static_range(QUERIES):
-        highest = tl.full((CHUNK, TILE_H), float("-inf"), tl.float32)
-        for ky in range(0, TILE_H + KERNEL_H - 1, TILE_H):
-            for chunk in range(start, stop):
-                ys, xs = rows - PADDING + ky, tokens + chunk * CHUNK
-                found = load_scores(own_scores + q * HEADS, ys, xs, size, score_strides)
-                highest = tl.maximum(highest, found)
-        peaks += (tl.max(tl.max(highest, axis=1), axis=0),)
-
-    sums, totals = (), ()
-    for _ in tl.static_range(QUERIES):
-        sums += (tl.zeros((TILE_H * BD, TILE_W), tl.float32),)
-        totals += (tl.zeros((SUMS * TILE_H, SUMS * TILE_W), tl.float32),)
-    for ky in range(top, bottom):
-        ys = rows - PADDING + ky
-        in_rows = (ys >= 0) & (ys < size[0])
-        for chunk in range(start, stop):
-            xs = tokens + chunk * CHUNK
-            mask = ((xs >= 0) & (xs < size[1]))[:, None] & in_rows[None, :]
-            mask = mask[:, :, None] & (dims < HEAD_DIM)[None, None, :]
-            places = (xs * value_strides[2])[:, None, None] + dims[None, None, :]
-            places += ys.to(tl.int64)[None, :, None] * value_strides[1]
-            values = tl.load(own_value + places, mask=mask, other=0.0).to(tl.float32)
-            token = chunk * CHUNK + tl.arange(0, CHUNK)
-            new_sums, new_totals = (), ()
-            for q in tl.static_range(QUERIES):
-                found = load_scores(own_scores + q * HEADS, ys, xs, size, score_strides)
-                terms = tl.exp(found - peaks[q])
-                entry = ((q * HEADS + head) * KERNEL_H + ky) * TOKENS + token
-                band = load_band(numerators, entry, TILE_W)
-                weighted = (terms[:, :, None] * values).reshape(CHUNK, TILE_H * BD)
-                new_sums += (multiply(weighted, band, sums[q], LOW_PRECISION, INTERPRETED),)
-                band = load_band(denominators, entry, SUMS * TILE_W)
-                if LOW_PRECISION:
-                    terms = split(terms)
-                new_totals += (multiply(terms, band, totals[q], LOW_PRECISION, INTERPRETED),)
-            sums, totals = new_sums, new_totals
+    peaks, sums, totals = window_sums(
+        scores + image * score_strides[0] + head,
+        None,
+        value + image * value_strides[0] + head * HEAD_DIM,
+        numerators,
+        denominators,
+        first_row,
+        first_col,
+        head,
+        dims,
+        size,
+        score_strides,
+        value_strides,
+        1,
+        QUERIES,
+        HEADS,
+        HEAD_DIM,
+        KERNEL_H,
+        KERNEL_W,
+        PADDING,
+        PADDING,
+        TILE_H,
+        TILE_W,
+        TOKENS,
+        CHUNK,
+        BD,
+        LOW_PRECISION,
+        INTERPRETED,
+    )
 
     on_map = (rows < out_size[0])[:, None] & (cols < out_size[1])[None, :]
     result = tl.zeros((TILE_H, BD, TILE_W), tl.float32)
-    good = tl.full((TILE_H, TILE_W), 1, tl.int32)
-    whole_totals = ()
+    good = on_map
     for q in tl.static_range(QUERIES):
-        total = tl.sum(tl.sum(totals[q].reshape(TILE_H, SUMS, SUMS, TILE_W), axis=1), axis=1)
-        result += sums[q].reshape(TILE_H, BD, TILE_W) / total[:, None, :]
-        good &= (total >= SMALLEST_SUM).to(tl.int32)
-        whole_totals += (total,)
-    good &= tl.min((tl.abs(result) < float("inf")).to(tl.int32), axis=1)
-    if tl.min(tl.min(tl.where(on_map, good, 1), axis=1), axis=0) == 1:
+        result += sums[q].reshape(TILE_H, BD, TILE_W) / totals[q][:, None, :]
+        good &= totals[q] >= SMALLEST_SUM
+    good &= tl.min((tl.abs(result) < float("inf")).to(tl.int32), axis=1) == 1
+    if everywhere(good, on_map):
         places = (image * out_size[0] + rows[:, None]) * out_size[1] + cols[None, :]
         mask = on_map & (part + tl.zeros((TILE_H, TILE_W), tl.int32) == 0)
         for q in tl.static_range(QUERIES):
-            log = peaks[q] + (tl.load(tops + q * HEADS + head) + tl.log(whole_totals[q]))
+            log = peaks[q] + (tl.load(tops + q * HEADS + head) + tl.log(totals[q]))
             tl.store(lse + (places * QUERIES + q) * HEADS + head, log, mask=mask)
         places = places[:, None, :] * (HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :, None]
         tl.store(out + places, result, mask=on_map[:, None, :] & (dims < HEAD_DIM)[None, :, None])
