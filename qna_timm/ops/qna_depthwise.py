@@ -3,6 +3,7 @@
 Letters: n images, H W map, Q queries, h heads, d head_dim, K offsets.
 """
 
+import functools
 from abc import abstractmethod
 from typing import Any
 
@@ -16,6 +17,8 @@ from qna_timm.ops.qna_windows import Windows
 
 # Offsets up to which PyTorch's gradient of a depthwise kernel is fast, and channels-last faster.
 FEW_OFFSETS = 9
+# Pairs of query and head up to which one product with ones and zeros is a fast way to copy.
+FEW_PAIRS = 16
 # Offsets from which PyTorch's depthwise convolution is slow unless it is channels-last.
 MANY_OFFSETS = 169
 
@@ -39,8 +42,8 @@ class _Convolutions(WindowSums):
         """[K, Q, h] -> [Q*h*channels, 1, kh, kw]."""
         key = (id(table), channels)
         if key not in self.kernels:
-            kernel = table.permute(1, 2, 0).flatten(0, 1).repeat_interleave(channels, 0)
-            self.kernels[key] = kernel.view(-1, 1, *self.windows.kernel_size)
+            kernel = table.flatten(1).t().unsqueeze(1).expand(-1, channels, -1)
+            self.kernels[key] = kernel.reshape(-1, 1, *self.windows.kernel_size)
         return self.kernels[key]
 
     def ready(self, name: str, x: Tensor) -> Tensor:
@@ -72,14 +75,22 @@ def _beyond(size: tuple[int, int], windows: Windows) -> list[int]:
     return [(side + 2 * windows.padding - kernel) % windows.stride for side, kernel in sides]
 
 
+@functools.lru_cache(maxsize=64)
+def _ones_like(pairs: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it serves later calls too
+        eye = torch.eye(pairs, dtype=dtype, device=device)
+        return eye.unsqueeze(2).expand(-1, -1, channels).reshape(pairs, -1)
+
+
+def _ones(pairs: int, channels: int, like: Tensor) -> Tensor:
+    """Which channels belong to which pair: [pairs, pairs*channels]."""
+    return _ones_like(pairs, channels, like.dtype, like.device)
+
+
 class ChannelsLastSums(_Convolutions):
     """For windows of few offsets. Maps [n, H, W, Q, h, d]."""
 
     order = (0, 1, 2, 3, 4, 5)
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.ones: dict[int, Tensor] = {}
 
     def place(self, name: str, like: Tensor, channels: int, of_windows: bool = False) -> Tensor:
         size = self.out_size if of_windows else self.size
@@ -94,23 +105,21 @@ class ChannelsLastSums(_Convolutions):
         x = planes.permute(0, 2, 3, 1).contiguous()
         return x.view(*x.shape[:3], self.num_queries, self.num_heads, channels)
 
-    def _ones(self, channels: int) -> Tensor:
-        """Which channels are whose: [Q*h, Q*h*channels]."""
-        if channels not in self.ones:
-            eye = torch.eye(self.num_queries * self.num_heads).to(self.tables.below)
-            self.ones[channels] = eye.repeat_interleave(channels, dim=1)
-        return self.ones[channels]
-
     # One number for so few neighbours, and sums of so few, are slow; products with ones are not.
     def spread(self, name: str, x: Tensor, channels: int) -> Tensor:
-        ones = self._ones(channels)
         out = self.work.get(name, (*x.shape[:5], channels))
-        torch.mm(x.view(-1, ones.shape[0]), ones, out=out.view(-1, ones.shape[1]))
+        pairs = self.num_queries * self.num_heads
+        if pairs > FEW_PAIRS:
+            return out.copy_(x.expand_as(out))
+        torch.mm(x.view(-1, pairs), _ones(pairs, channels, x), out=out.view(-1, pairs * channels))
         return out
 
     def collect(self, x: Tensor) -> Tensor:
-        ones = self._ones(x.shape[5])
-        return torch.mm(x.view(-1, ones.shape[1]), ones.t()).view(*x.shape[:5], 1)
+        pairs, channels = self.num_queries * self.num_heads, x.shape[5]
+        if pairs > FEW_PAIRS:
+            return torch.mm(x.view(-1, channels), _ones(1, channels, x).t()).view(*x.shape[:5], 1)
+        flat = x.view(-1, pairs * channels)
+        return torch.mm(flat, _ones(pairs, channels, x).t()).view(*x.shape[:5], 1)
 
     def table_grad(self, x: Tensor, grad: Tensor) -> Tensor:
         windows, planes = self.windows, self.planes(x)

@@ -199,6 +199,7 @@ def qna_operator(
 ) -> Tensor:
     """The operator, in the way that suits the caller; arguments as in `qna_attn.Problem`."""
     args = (scores, value, rel_pos_bias, query_weight, list(kernel_size), stride, padding, impl)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if recorded or not torch.is_grad_enabled():
         return torch.ops.qna_timm.qna_attention(*args)[0]
     return _Attention.apply(*args)[0]

@@ -76,6 +76,8 @@ def tiled_window_attention(
             mask = torch.zeros_like(valid, dtype=q.dtype)
         mask = mask.masked_fill(~valid, float("-inf"))
     if fused:
+        # of as many dimensions as the maps: with fewer, CPUs take a slower way
+        mask = None if mask is None else mask.unsqueeze(0)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:
         attn = (q * head_dim**-0.5) @ k.transpose(-2, -1)

@@ -3,6 +3,7 @@
 import math
 import threading
 
+import torch
 from torch import Tensor
 
 # What a thread keeps between calls at most.
@@ -29,7 +30,8 @@ class Workspace:
         flat, user = self.buffers.get((name, self.like.dtype), (None, ()))
         fresh = flat is None or flat.numel() < count
         if fresh:
-            flat = self.like.new_empty(count)
+            with torch.inference_mode(False):  # it may serve a call outside of it next
+                flat = self.like.new_empty(count)
         if key is not None and (fresh or user != (key, shape)):
             flat.zero_()
         self.buffers[name, self.like.dtype] = flat, (key, shape)
