@@ -217,7 +217,7 @@ def _choose_qna(impl: str, scores: Tensor, value: Tensor, *rest: Any) -> Choice:
         return qna_triton.unsupported(scores, value, *rest)
 
     def against(asked_for: bool) -> str | None:
-        return against_triton(value, asked_for, unsupported)
+        return against_triton("qna_attention", value, asked_for, unsupported)
 
     return choose(impl, (("triton", against),), "auto")
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# GPU kinds, as `torch.cuda.get_device_name` has them, on which kernels were seen to be right and
-# faster, each with its record under benchmarks/results/. Elsewhere 'auto' does without them.
-MEASURED_GPUS: dict[str, str] = {}
+# For each operator GPU kinds, as `torch.cuda.get_device_name` has them, on which its kernels were
+# seen to be right and faster, with the record under benchmarks/results/. Elsewhere 'auto' does
+# without them.
+MEASURED_GPUS: dict[str, dict[str, str]] = {"qna_attention": {}, "span_attention": {}}
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ def choose(
 
 
 def against_triton(
-    value: Tensor, asked_for: bool, unsupported: Callable[[], str | None]
+    operator: str, value: Tensor, asked_for: bool, unsupported: Callable[[], str | None]
 ) -> str | None:
     """What is to be said against a Triton kernel for a map on its device.
 
     Args:
+        operator: Of `MEASURED_GPUS`.
         value: A map.
         asked_for: By name, so that an unknown GPU is the caller's affair.
         unsupported: Of the kernel's own; imports it.
@@ -62,10 +64,11 @@ def against_triton(
     if not asked_for:
         if not value.is_cuda:
             return f"the map is on {value.device.type}"
-        if not MEASURED_GPUS:
+        measured = MEASURED_GPUS[operator]
+        if not measured:
             return "measured on no GPU yet"
         kind = torch.cuda.get_device_name(value.device)
-        if kind not in MEASURED_GPUS:
+        if kind not in measured:
             return f"not measured on {kind} yet"
     try:
         return unsupported()

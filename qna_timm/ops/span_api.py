@@ -51,7 +51,7 @@ def _choose_span(impl: str, qkv: Tensor, kernel_size: int, num_heads: int) -> Ch
         return kernels.unsupported(qkv, kernel_size, num_heads)
 
     def against(asked_for: bool) -> str | None:
-        return against_triton(qkv, asked_for, unsupported)
+        return against_triton("span_attention", qkv, asked_for, unsupported)
 
     return choose(impl, (("triton", against),), "tiles")
 

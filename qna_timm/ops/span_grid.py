@@ -1,4 +1,4 @@
-"""How a map is cut into tiles of queries and the keys that they see, and back; buffers for them.
+"""How a map is cut into tiles of queries and the keys that they see, and back.
 
 Letters: B batch, H W map, C = h*d channels, d head_dim, k kernel_size, K = k*k offsets,
 p = (k-1)/2 radius; R, Q tiles down and across, N = images * R * Q tiles at a time; of a tile
@@ -145,25 +145,3 @@ class TileGrid:
         rows, cols = sides
         shape = (*self.tiles, -1)
         return torch.cat([rows[:, None].expand(shape), cols[None].expand(shape)], dim=2)
-
-
-class Workspace:
-    """Buffers that are used again: fresh ones cost more than what is computed in them."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.buffers: dict[str, Tensor] = {}
-
-    def get(self, name: str, like: Tensor, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
-        """A buffer of this shape, filled at first, then with what was left in it."""
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.shape[1:] != shape[1:] or len(buffer) < shape[0]:
-            buffer = torch.full(shape, fill, dtype=self.dtype, device=like.device)
-            self.buffers[name] = buffer
-        return buffer[: shape[0]]
-
-    def frame(self, name: str, grid: TileGrid, x: Tensor) -> Tensor:
-        """A map [n, H, W, d] with zeros around it."""
-        framed = self.get(name, x, (x.shape[0], *grid.framed, x.shape[3]))
-        grid.inner(framed).copy_(x)
-        return framed

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qna_timm.ops.span_grid import TileGrid, Workspace
+from qna_timm.ops.span_grid import TileGrid
+from qna_timm.ops.workspace import Workspace
 
 # Scores at a time: what caches hold on a CPU, enough to fill a GPU.
 CPU_SCORES = 2**20
@@ -42,6 +43,8 @@ class _Head:
         self.grid, self.work = grid, work
         self.rel_pos = rel_pos  # d, 2*k
         self.off_map = off_map
+        # how what is not a map's lies in queries and keys
+        self.layout = (grid.tile, grid.kernel_size, rel_pos.shape[0])
         self.mask = self.floor = self.excluded = None
         if mask is None:
             return
@@ -58,7 +61,8 @@ class _Head:
         grid = self.grid
         num, _, dim = query.shape
         axes = sum(grid.halo)
-        out = self.work.get("queries", query, (num, grid.num_queries, dim + axes), OUT)
+        shape = (num, grid.num_queries, dim + axes)
+        out = self.work.get("queries", shape, self.layout, lambda rows: rows.fill_(OUT))
         out[..., :dim] = query
         products = torch.matmul(query, self.rel_pos).view(num, *grid.tile, -1).chunk(2, dim=3)
         for place, product in zip(grid.axes(out), products, strict=True):
@@ -70,47 +74,48 @@ class _Head:
 
     def keys(self, key: Tensor, rows: slice) -> Tensor:
         """Framed map -> [N, S, d+a], see above."""
-        grid, work = self.grid, self.work
-        dim, num = key.shape[3], key.shape[0] * (rows.stop - rows.start) * grid.tiles[1]
-        known = work.buffers.get("keys")
-        out = work.get("keys", key, (num, grid.num_keys, dim + sum(grid.halo)))
-        if (whole := work.buffers["keys"]) is not known:
-            index = torch.arange(grid.num_keys, device=key.device)
-            whole[:, index, dim + index // grid.halo[1]] = 1.0
-            whole[:, index, dim + grid.halo[0] + index % grid.halo[1]] = 1.0
+        grid, dim = self.grid, key.shape[3]
+        num = key.shape[0] * (rows.stop - rows.start) * grid.tiles[1]
+
+        def mark(rows: Tensor) -> None:
+            index = torch.arange(grid.num_keys, device=rows.device)
+            rows.zero_()
+            rows[:, index, dim + index // grid.halo[1]] = 1.0
+            rows[:, index, dim + grid.halo[0] + index % grid.halo[1]] = 1.0
+
+        shape = (num, grid.num_keys, dim + sum(grid.halo))
+        out = self.work.get("keys", shape, self.layout, mark)
         grid.put_keys(out[..., :dim], key, rows)
         return out
 
     def values(self, value: Tensor, rows: slice) -> Tensor:
         """Framed map -> [N, S, d]."""
         num = value.shape[0] * (rows.stop - rows.start) * self.grid.tiles[1]
-        out = self.work.get("values", value, (num, self.grid.num_keys, value.shape[3]))
+        out = self.work.get("values", (num, self.grid.num_keys, value.shape[3]))
         return self.grid.put_keys(out, value, rows)
 
     def add_to_keys(self, framed: Tensor, weights: Tensor, x: Tensor, rows: slice) -> None:
         """Adds weights [N, T, S] times x [N, T, d] to the keys' places in a framed map."""
         shape = (x.shape[0], self.grid.num_keys, x.shape[2])
-        out = self.work.get("grad_keys", x, shape)
+        out = self.work.get("grad_keys", shape)
         self.grid.add_keys(framed, torch.bmm(weights.transpose(1, 2), x, out=out), rows)
 
     def attend(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Softmax over a query's window, all its offsets that take part: [N, T, S]."""
         shape = (queries.shape[0], self.grid.num_queries, self.grid.num_keys)
-        scores = torch.bmm(
-            queries, keys.transpose(1, 2), out=self.work.get("scores", queries, shape)
-        )
+        scores = torch.bmm(queries, keys.transpose(1, 2), out=self.work.get("scores", shape))
         if self.excluded is not None:
             scores.add_(self.excluded)
-        return torch.softmax(scores, 2, out=self.work.get("attn", queries, shape))
+        return torch.softmax(scores, 2, out=self.work.get("attn", shape))
 
     def weigh(self, attn: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted attention m P [N, T, S] and the denominator, the sum of (m + floor) P."""
-        weighed = torch.mul(attn, self.mask, out=self.work.get("weighed", attn, attn.shape))
+        weighed = torch.mul(attn, self.mask, out=self.work.get("weighed", attn.shape))
         total = weighed.sum(dim=2, keepdim=True)
         if self.floor is not None and self.floor.dim() == 0:
             total = total + self.floor
         elif self.floor is not None:
-            floor = self.work.get("scores", attn, attn.shape)
+            floor = self.work.get("scores", attn.shape)
             total = total + torch.mul(attn, self.floor, out=floor).sum(dim=2, keepdim=True)
         # 0 behind the map's border alone, where a query's whole window can be left out
         return weighed, total.clamp_min(torch.finfo(total.dtype).tiny)
@@ -159,7 +164,7 @@ class _Problem:
         self.channels = channels // 3
         self.grid = TileGrid(height, width, rel_pos_h.shape[1])
         self.dtype = rel_pos_h.dtype
-        self.work = Workspace(self.dtype)
+        self.work = Workspace(rel_pos_h)
         self.most_scores = CPU_SCORES if qkv.device.type == "cpu" else GPU_SCORES
         off_map = self.grid.off_map(qkv.device) if mask_padding else None
         rel_pos = torch.cat([rel_pos_h, rel_pos_w], dim=1).chunk(num_heads)
@@ -182,8 +187,14 @@ class _Problem:
     def framed(self, images: slice, head: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a head in a frame of zeros."""
         _, key, value = self.split(self.qkv, images, head)
-        work, grid = self.work, self.grid
-        return work.frame("key", grid, key), work.frame("value", grid, value)
+        return self.frame("framed_key", key), self.frame("framed_value", value)
+
+    def frame(self, name: str, x: Tensor) -> Tensor:
+        """A map [n, H, W, d] with zeros around it."""
+        shape = (x.shape[0], *self.grid.framed, x.shape[3])
+        framed = self.work.get(name, shape, self.grid)
+        self.grid.inner(framed).copy_(x)
+        return framed
 
     def queries(self, images: slice, head: int, rows: slice) -> Tensor:
         """A head's queries [N, T, d], scaled."""
@@ -209,6 +220,7 @@ def forward(qkv: Tensor, *rest: Any) -> Tensor:
             if total is not None:
                 tiles.div_(total)
             grid.put_queries(problem.split(out, images, j)[0], tiles, rows)
+    problem.work.release()
     return out
 
 
@@ -226,8 +238,8 @@ def backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
         for images, rows in problem.parts():
             if rows.start == 0:
                 key, value = problem.framed(images, j)
-                grad_key = work.get("grad_key", key, key.shape).zero_()
-                grad_value = work.get("grad_value", value, value.shape).zero_()
+                grad_key = work.get("grad_key", key.shape).zero_()
+                grad_value = work.get("grad_value", value.shape).zero_()
                 (grad_out,) = problem.split(grad, images, j)
                 places = problem.split(grad_qkv, images, j)
             query = problem.queries(images, j, rows)
@@ -237,11 +249,11 @@ def backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
             grads = grid.queries(grad_out, rows).to(problem.dtype)
             grads = grads if total is None else grads / total
             head.add_to_keys(grad_value, weighed, grads, rows)
-            slopes = work.get("scores", attn, attn.shape)
+            slopes = work.get("scores", attn.shape)
             torch.bmm(grads, head.values(value, rows).transpose(1, 2), out=slopes)
             if total is None:
                 slopes = torch.ops.aten._softmax_backward_data.out(
-                    slopes, attn, 2, attn.dtype, grad_input=work.get("slopes", attn, attn.shape)
+                    slopes, attn, 2, attn.dtype, grad_input=work.get("slopes", attn.shape)
                 )
             else:
                 slopes, grad_weights = head.grad_scores(attn, weighed, total, slopes)
@@ -256,4 +268,5 @@ def backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
             if rows.stop == grid.tiles[0]:
                 places[1].copy_(grid.inner(grad_key))
                 places[2].copy_(grid.inner(grad_value))
+    work.release()
     return grad_qkv, grad_rel, grad_mask
