@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qna_timm.ops import qna_attention_reference, qna_triton, qna_triton_problem
+from qna_timm.ops import qna_attention, qna_attention_reference, qna_triton, qna_triton_problem
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
@@ -28,16 +28,16 @@ SIZES = {
     "odd-map": (5, 7, 2, 3, 4, (3, 3), 1, 1),
     "small-map": (4, 5, 2, 1, 4, (3, 3), 1, 1),
     "stride-2": (5, 6, 1, 2, 4, (3, 3), 2, 1),
-    "wide-stride-2": (4, 5, 2, 1, 4, (5, 5), 2, 2),
-    "kernel-over-map": (2, 3, 2, 2, 4, (5, 5), 1, 2),
-    "even-kernel": (5, 4, 3, 2, 2, (4, 4), 1, 1),
-    "oblong-kernel": (5, 6, 2, 2, 4, (2, 5), 1, 1),
-    "whole-map": (3, 3, 2, 2, 2, (3, 3), 1, 0),
+    "wide-stride-2": (4, 5, 1, 1, 4, (5, 5), 2, 2),
+    "kernel-over-map": (2, 3, 1, 2, 4, (5, 5), 1, 2),
+    "even-kernel": (5, 4, 1, 2, 2, (4, 4), 1, 1),
+    "oblong-kernel": (5, 6, 1, 2, 4, (2, 5), 1, 1),
+    "whole-map": (3, 3, 3, 2, 2, (3, 3), 1, 0),
     "one-token": (1, 1, 2, 2, 3, (3, 3), 2, 1),
     "odd-channels": (4, 4, 1, 1, 5, (3, 3), 1, 1),
     "many-heads": (3, 3, 1, 11, 8, (3, 3), 1, 1),
     "broad-head": (3, 3, 1, 2, 65, (3, 3), 1, 1),
-    "several-tiles": (18, 34, 2, 1, 2, (3, 3), 1, 1),
+    "several-tiles": (18, 34, 1, 1, 2, (3, 3), 1, 1),
     "broad-head-at-two-parts": (17, 6, 1, 2, 12, (2, 5), 1, 1),
 }
 
@@ -122,9 +122,9 @@ def compare(tensors: list[Tensor | None], args: tuple, limits: tuple[float, floa
     ("size", "tables"),
     [
         ("odd-map", "both"),
-        ("odd-map", "no-bias"),
-        ("odd-map", "no-weight"),
-        ("odd-map", "weight-per-query"),
+        ("small-map", "no-bias"),
+        ("small-map", "no-weight"),
+        ("small-map", "weight-per-query"),
         ("stride-2", "weight-per-query"),
         ("wide-stride-2", "both"),
         ("kernel-over-map", "both"),
@@ -138,15 +138,15 @@ def compare(tensors: list[Tensor | None], args: tuple, limits: tuple[float, floa
     ],
 )
 def test_matches_reference(size: str, tables: str) -> None:
-    batch = 2 if size in ("odd-map", "stride-2") else 1
+    batch = 2 if size == "odd-map" else 1
     compare(*make_inputs(size, tables, batch), (1e-5, 1e-5))
 
 
 def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also several to a program that sums for the tables, and partial sums of several programs."""
-    monkeypatch.setattr(qna_triton_problem, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(qna_triton_problem, "BLOCK_BYTES", 128)
     monkeypatch.setattr(qna_triton, "TABLE_PROGRAMS", 10)
-    tensors, args = make_inputs("odd-map", batch=1)
+    tensors, args = make_inputs("small-map", batch=1)
     compare(tensors, args, (1e-5, 1e-5))
 
 
@@ -166,14 +166,14 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(qna_triton_problem, "TENSOR_CORE_OFFSETS", offsets)
 
 
-@pytest.mark.parametrize("scale", [30.0, 1e4])
+@pytest.mark.parametrize("scale", [30.0, 1e4])  # within and beyond what a tile's peak can serve
 def test_large_scores(scale: float, form: None) -> None:
     tensors, args = make_inputs("small-map")
     tower(tensors, scale)
     compare(tensors, args, (1e-4, 1e-3))
 
 
-@pytest.mark.parametrize(("offset", "spread"), [(0.0, 1e3), (-1e4, 1.0), (1e4, 1.0)])
+@pytest.mark.parametrize(("offset", "spread"), [(0.0, 1e3), (-1e4, 1.0)])
 def test_wide_bias_and_common_offset(offset: float, spread: float, form: None) -> None:
     tensors, args = make_inputs("small-map", batch=1)
     tensors[0] = (tensors[0] + offset).float().double()
@@ -233,7 +233,7 @@ def test_low_precision(dtype: torch.dtype, form: None) -> None:
 
 def test_layouts() -> None:
     """Transposed, strided, sliced and NCHW inputs give the bits that contiguous ones give."""
-    tensors, args = make_inputs("odd-map")
+    tensors, args = make_inputs("small-map")
     single = to(tensors, torch.float32)
     direction = direction_of(tensors, args)
     wanted = run(single, args, direction)
@@ -253,11 +253,9 @@ def test_layouts() -> None:
 @pytest.mark.parametrize(
     ("size", "tables"),
     [
-        ("odd-map", "both"),
         ("odd-map", "no-bias"),
-        ("odd-map", "no-weight"),
         ("kernel-over-map", "weight-per-query"),
-        ("even-kernel", "both"),
+        ("even-kernel", "no-weight"),
         ("whole-map", "both"),
         ("several-tiles", "both"),
         ("broad-head-at-two-parts", "both"),
@@ -294,6 +292,18 @@ def test_empty_batch() -> None:
     maps = [x[:0] for x in single[:2]]
     out, *grads = run([*maps, *single[2:]], args, torch.zeros(0, 5, 7, 12))
     assert out.shape == (0, 5, 7, 12) and not any(g.any() for g in grads)
+
+
+def test_through_the_public_operator() -> None:
+    tensors, args = make_inputs("small-map", batch=1)
+    leaves = [x.to(DEVICE, torch.float32).requires_grad_() for x in tensors]
+    direction = direction_of(tensors, args)
+    out = qna_attention(*leaves, *args, impl="triton")
+    grads = torch.autograd.grad((out * direction.to(DEVICE, torch.float32)).sum(), leaves)
+    for f, w in zip([out, *grads], expect(tensors, args, direction), strict=True):
+        torch.testing.assert_close(f.detach().cpu().double(), w, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="float64"):
+        qna_attention(*(x.to(DEVICE) for x in tensors), *args, impl="triton")
 
 
 def test_what_is_unsupported() -> None:

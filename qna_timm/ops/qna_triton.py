@@ -16,6 +16,8 @@ from qna_timm.ops.qna_triton_tables import table_kernel
 from qna_timm.ops.qna_triton_toeplitz import toeplitz_kernel
 from qna_timm.ops.qna_triton_toeplitz_backward import toeplitz_delta_kernel, toeplitz_token_kernel
 
+# The first version whose kernels take tuples, and carry them through loops.
+OLDEST_TRITON = (3, 3)
 MAX_HEAD_DIM = 256
 # Programs that share the sums over all positions: several for each multiprocessor of any GPU, and
 # each leaves partial sums as large as both tables.
@@ -34,6 +36,8 @@ def unsupported(
     padding: int,
 ) -> str | None:
     """Why the kernels cannot compute this problem, in a clause, or None where they can."""
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {triton.__version__} is too old, 3.3 is the first that can"
     if not value.is_cuda and not isinstance(forward_kernel, InterpretedFunction):
         return f"value is on {value.device.type}, Triton needs a GPU"
     if any(
@@ -139,7 +143,7 @@ def _gradients_of_products(
     numerators, denominators, _ = problem.bands()
     args = (*maps, delta, numerators, denominators)
     problem.launch_products(toeplitz_delta_kernel, problem.out_size, args, strides, delta.stride(0))
-    delta = delta.sum(dim=0)
+    delta = _whole(delta)
     grad_scores = torch.empty(problem.parts, *scores.shape, **options)
     grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     args = (*maps, delta, grad_scores, grad_value, *problem.bands(transposed=True))
@@ -147,7 +151,12 @@ def _gradients_of_products(
     problem.launch_products(
         toeplitz_token_kernel, problem.size, args, strides, grad_scores.stride(0)
     )
-    return delta, grad_scores.sum(dim=0), grad_value
+    return delta, _whole(grad_scores), grad_value
+
+
+def _whole(parts: Tensor) -> Tensor:
+    """The sum of parts [parts, ...], no copy where there is one."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(dim=0)
 
 
 def _table_sums(problem: Problem, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
