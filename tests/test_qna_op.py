@@ -197,7 +197,7 @@ def test_one_image_beyond_the_range() -> None:
     assert "summed faster directly" in choice.why_not["fft"]
 
 
-@pytest.mark.parametrize("kernel, impl", [(3, "depthwise"), (7, "depthwise"), (15, "fft")])
+@pytest.mark.parametrize("kernel, impl", [(3, "depthwise"), (7, "depthwise"), (23, "fft")])
 def test_choice_by_window(kernel: int, impl: str) -> None:
     scores, value = torch.randn(1, 32, 32, 2, 2) * 0.3, torch.randn(1, 32, 32, 8)
     choice = explain_qna_attention(scores, value, None, None, (kernel, kernel), 1, kernel // 2)

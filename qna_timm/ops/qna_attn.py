@@ -17,8 +17,10 @@ from qna_timm.ops.qna_windows import Windows
 # Channels of all queries and tokens at a time: what caches hold on a CPU, enough to fill a GPU.
 CPU_NUMBERS = 2**20
 GPU_NUMBERS = 2**27
-# Offsets of a window from which Fourier transforms take less time than convolutions.
+# Offsets of a window from which Fourier transforms take less time than convolutions, and where
+# convolutions without gradients are faster for longer.
 FOURIER_OFFSETS = 169
+FOURIER_OFFSETS_FORWARD = {"AVX512": 400}
 
 
 class Problem:
@@ -34,9 +36,14 @@ class Problem:
         stride: int,
         padding: int,
         impl: str,
+        backward: bool = False,
     ) -> None:
         """Arguments as in `qna_attention`, impl 'auto', 'depthwise', 'fft' or 'exact'."""
         self.scores, self.value, self.impl = scores, value, impl
+        self.least_fourier = FOURIER_OFFSETS
+        if not backward and value.device.type == "cpu":
+            kind = torch.backends.cpu.get_cpu_capability()
+            self.least_fourier = FOURIER_OFFSETS_FORWARD.get(kind, FOURIER_OFFSETS)
         self.windows = Windows(tuple(kernel_size), stride, padding)
         self.parameters = (rel_pos_bias, query_weight)
         self.size = tuple(scores.shape[1:3])
@@ -61,7 +68,7 @@ class Problem:
             return None
         offsets = self.windows.num_offsets * self.out_size[0] * self.out_size[1]
         tokens = self.size[0] * self.size[1]
-        if offsets < FOURIER_OFFSETS * tokens:
+        if offsets < self.least_fourier * tokens:
             return f"{offsets / tokens:.3g} offsets a token are summed faster directly"
         return None
 
@@ -148,7 +155,9 @@ def backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of scores, value, bias [K, Q, h], and weight in its shape."""
-    problem = Problem(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding, impl)
+    problem = Problem(
+        scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding, impl, True
+    )
     grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
     grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
     grad_tables = scores.new_zeros(2, *problem.table)
