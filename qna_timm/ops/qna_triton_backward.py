@@ -29,13 +29,8 @@ def take_delta(
     weight,
     lse,
     delta,
-    image,
-    rows,
-    cols,
-    heads,
-    has_head,
-    channels,
-    has_channel,
+    place,
+    block,
     size,
     out_size,
     grad_strides,
@@ -51,6 +46,8 @@ def take_delta(
     PADDING: tl.constexpr,
 ):
     """delta = <grad, out of one query>, as the sum over its window of attn weight <grad, value>."""
+    image, rows, cols = place
+    heads, has_head, channels, has_channel = block
     P: tl.constexpr = rows.shape[0]
     BH: tl.constexpr = channels.shape[0]
     on_map = (rows < out_size[0]) & (cols < out_size[1])
@@ -122,8 +119,8 @@ def delta_kernel(
     BD: tl.constexpr,
 ):
     """delta = <grad, out of one query>, as the sum over its window of attn weight <grad, value>."""
-    image, rows, cols = tile_positions(tl.program_id(0), tiles, TILE_H, TILE_W)
-    heads, has_head, channels, has_channel = head_block(tl.program_id(1), HEADS, HEAD_DIM, BH, BD)
+    place = tile_positions(tl.program_id(0), tiles, TILE_H, TILE_W)
+    block = head_block(tl.program_id(1), HEADS, HEAD_DIM, BH, BD)
     take_delta(
         grad,
         scores,
@@ -132,13 +129,8 @@ def delta_kernel(
         weight,
         lse,
         delta,
-        image,
-        rows,
-        cols,
-        heads,
-        has_head,
-        channels,
-        has_channel,
+        place,
+        block,
         size,
         out_size,
         grad_strides,
@@ -166,13 +158,8 @@ def collect(
     delta,
     grad_scores,
     grad_value,
-    image,
-    rows,
-    cols,
-    heads,
-    has_head,
-    channels,
-    has_channel,
+    place,
+    block,
     size,
     out_size,
     grad_strides,
@@ -189,6 +176,8 @@ def collect(
     PADDING: tl.constexpr,
 ):
     """grad_value and grad_score of tokens, from all windows that see them."""
+    image, rows, cols = place
+    heads, has_head, channels, has_channel = block
     P: tl.constexpr = rows.shape[0]
     BH: tl.constexpr = channels.shape[0]
     BD: tl.constexpr = channels.shape[1]
@@ -275,8 +264,8 @@ def token_kernel(
     BD: tl.constexpr,
 ):
     """grad_value and grad_score of tokens, from all windows that see them."""
-    image, rows, cols = tile_positions(tl.program_id(0), tiles, TILE_H, TILE_W)
-    heads, has_head, channels, has_channel = head_block(tl.program_id(1), HEADS, HEAD_DIM, BH, BD)
+    place = tile_positions(tl.program_id(0), tiles, TILE_H, TILE_W)
+    block = head_block(tl.program_id(1), HEADS, HEAD_DIM, BH, BD)
     collect(
         grad,
         scores,
@@ -287,13 +276,8 @@ def token_kernel(
         delta,
         grad_scores,
         grad_value,
-        image,
-        rows,
-        cols,
-        heads,
-        has_head,
-        channels,
-        has_channel,
+        place,
+        block,
         size,
         out_size,
         grad_strides,

@@ -80,13 +80,8 @@ def attend(
     weight,
     out,
     lse,
-    image,
-    rows,
-    cols,
-    heads,
-    has_head,
-    channels,
-    has_channel,
+    place,
+    block,
     size,
     out_size,
     score_strides,
@@ -104,6 +99,8 @@ def attend(
 
     A first walk over the window finds its maximum, a second one takes all sums.
     """
+    image, rows, cols = place
+    heads, has_head, channels, has_channel = block
     P: tl.constexpr = rows.shape[0]
     BH: tl.constexpr = channels.shape[0]
     BD: tl.constexpr = channels.shape[1]
@@ -197,8 +194,8 @@ def forward_kernel(
 ):
     """out = sum_q sum_o softmax_o(score + bias) weight value, and lse, the logarithm of the
     softmax's denominator."""
-    image, rows, cols = tile_positions(tl.program_id(0), tiles, TILE_H, TILE_W)
-    heads, has_head, channels, has_channel = head_block(tl.program_id(1), HEADS, HEAD_DIM, BH, BD)
+    place = tile_positions(tl.program_id(0), tiles, TILE_H, TILE_W)
+    block = head_block(tl.program_id(1), HEADS, HEAD_DIM, BH, BD)
     attend(
         scores,
         value,
@@ -206,13 +203,8 @@ def forward_kernel(
         weight,
         out,
         lse,
-        image,
-        rows,
-        cols,
-        heads,
-        has_head,
-        channels,
-        has_channel,
+        place,
+        block,
         size,
         out_size,
         score_strides,

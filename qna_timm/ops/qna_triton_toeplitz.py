@@ -254,6 +254,8 @@ def toeplitz_kernel(
         tl.store(out + places, result, mask=on_map[:, None, :] & (dims < HEAD_DIM)[None, :, None])
     else:
         only = tl.arange(0, 1)
+        channels, has_channel = head * HEAD_DIM + dims[None, :], (dims < HEAD_DIM)[None, :]
+        block = (head + only, part + only == 0, channels, has_channel)
         for row in range(first_row, tl.minimum(first_row + TILE_H, out_size[0])):
             attend(
                 scores,
@@ -262,13 +264,8 @@ def toeplitz_kernel(
                 weight,
                 out,
                 lse,
-                image,
-                row + tl.zeros((TILE_W,), tl.int32),
-                cols,
-                head + only,
-                part + only == 0,
-                head * HEAD_DIM + dims[None, :],
-                (dims < HEAD_DIM)[None, :],
+                (image, row + tl.zeros((TILE_W,), tl.int32), cols),
+                block,
                 size,
                 out_size,
                 score_strides,

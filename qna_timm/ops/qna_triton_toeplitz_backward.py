@@ -113,6 +113,8 @@ def toeplitz_delta_kernel(
             tl.store(delta + (places * QUERIES + q) * HEADS + head, deltas[q], mask=on_map)
     else:
         only = tl.arange(0, 1)
+        channels, has_channel = head * HEAD_DIM + dims[None, :], (dims < HEAD_DIM)[None, :]
+        block = (head + only, only == 0, channels, has_channel)
         for row in range(first_row, tl.minimum(first_row + TILE_H, out_size[0])):
             take_delta(
                 grad,
@@ -122,13 +124,8 @@ def toeplitz_delta_kernel(
                 weight,
                 lse,
                 delta,
-                image,
-                row + tl.zeros((TILE_W,), tl.int32),
-                cols,
-                head + only,
-                only == 0,
-                head * HEAD_DIM + dims[None, :],
-                (dims < HEAD_DIM)[None, :],
+                (image, row + tl.zeros((TILE_W,), tl.int32), cols),
+                block,
                 size,
                 out_size,
                 grad_strides,
@@ -240,11 +237,13 @@ def toeplitz_token_kernel(
         tokens = (image * size[0] + rows[:, None]) * size[1] + cols[None, :]
         for q in tl.static_range(QUERIES):
             tl.store(grad_scores + (tokens * QUERIES + q) * HEADS + head, slopes[q], mask=on_map)
-        channels = head * HEAD_DIM + dims[None, :, None]
+        tokens = tokens[:, None, :] * (HEADS * HEAD_DIM) + head * HEAD_DIM
         mask = on_map[:, None, :] & (dims < HEAD_DIM)[None, :, None]
-        tl.store(grad_value + tokens[:, None, :] * (HEADS * HEAD_DIM) + channels, total, mask=mask)
+        tl.store(grad_value + tokens + dims[None, :, None], total, mask=mask)
     else:
         only = tl.arange(0, 1)
+        channels, has_channel = head * HEAD_DIM + dims[None, :], (dims < HEAD_DIM)[None, :]
+        block = (head + only, only == 0, channels, has_channel)
         for row in range(first_row, tl.minimum(first_row + TILE_H, size[0])):
             collect(
                 grad,
@@ -256,13 +255,8 @@ def toeplitz_token_kernel(
                 delta,
                 grad_scores,
                 grad_value,
-                image,
-                row + tl.zeros((TILE_W,), tl.int32),
-                cols,
-                head + only,
-                only == 0,
-                head * HEAD_DIM + dims[None, :],
-                (dims < HEAD_DIM)[None, :],
+                (image, row + tl.zeros((TILE_W,), tl.int32), cols),
+                block,
                 size,
                 out_size,
                 grad_strides,
