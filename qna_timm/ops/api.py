@@ -17,6 +17,8 @@ from qna_timm.ops.qna_op import qna_operator
 from qna_timm.ops.reference import qna_attention_reference
 from qna_timm.ops.window_attn import tiled_window_attention
 
+# Offsets of a window up to which compiled stock operators are faster than any operator by hand.
+FUSED_OFFSETS = 9
 QNA_FORMS = ("auto", "reference", "offsets", "depthwise", "fft", "exact", "triton")
 
 
@@ -47,6 +49,14 @@ def _folded_scores(x: Tensor, weight: Tensor, bias: Tensor | None, query: Tensor
     if bias is not None:
         offset = (query * bias.view(num_heads, head_dim)).sum(dim=2).flatten()
     return F.linear(x, folded.flatten(0, 1), offset).unflatten(3, (num_queries, num_heads))
+
+
+# PyTorch 2.6 does not tell one from the other: both are exporting there
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def _is_compiling() -> bool:
+    return torch.compiler.is_compiling() and not _is_exporting()
 
 
 def learned_query_scores(
@@ -155,7 +165,8 @@ def qna_attention(
             hand, sums over windows offset by offset, as depthwise convolutions, by Fourier
             transforms; the latter two raise where the scores of a map spread too far for them.
             'triton': on a GPU. 'auto' takes the fastest that is right for the scores, images by
-            images; `explain_qna_attention` tells which.
+            images; `explain_qna_attention` tells which. Under `torch.compile` it is 'offsets' for
+            windows of up to 9 offsets, which the compiler fuses.
 
     Returns:
         [B, Y, X, C] in value's dtype, Y = (H + 2*padding - kh) // stride + 1.
@@ -210,6 +221,9 @@ def _choose_qna(impl: str, scores: Tensor, value: Tensor, *rest: Any) -> Choice:
     """The ladder of what is known without looking at values; 'auto' is what looks at them."""
     if impl not in QNA_FORMS:
         raise ValueError(f"impl must be one of {QNA_FORMS}, got {impl!r}")
+    kernel_h, kernel_w = rest[2]
+    if impl == "auto" and kernel_h * kernel_w <= FUSED_OFFSETS and _is_compiling():
+        return Choice("offsets", {"auto": "the compiler fuses so few offsets into one loop"})
 
     def unsupported() -> str | None:
         from qna_timm.ops import qna_triton  # an optional package
