@@ -51,7 +51,8 @@ def test_kernels_compile(dtype: torch.dtype, kernel_size: int, capability: int) 
     names = [launch.kernel.__name__ for launch in launches]
     prefix = "toeplitz_" if kernel_size == 7 else ""
     forward = "toeplitz_kernel" if prefix else "forward_kernel"
-    assert names == [forward, f"{prefix}delta_kernel", f"{prefix}token_kernel", "table_kernel"]
+    gradients = [f"{prefix}delta_kernel", f"{prefix}token_kernel", "table_kernel"]
+    assert names == [forward, *gradients, *(["toeplitz_table_kernel"] if prefix else [])]
     for name, launch in zip(names, launches, strict=True):
         compiled = compile_launch(launch, capability)
         # bytes of a thread: here and there a few; behind the products' loop what they waited for

@@ -15,6 +15,7 @@ from qna_timm.ops.qna_triton_problem import OPTIONS, Problem, addressable, on
 from qna_timm.ops.qna_triton_tables import table_kernel
 from qna_timm.ops.qna_triton_toeplitz import toeplitz_kernel
 from qna_timm.ops.qna_triton_toeplitz_backward import toeplitz_delta_kernel, toeplitz_token_kernel
+from qna_timm.ops.qna_triton_toeplitz_tables import toeplitz_table_kernel
 
 # The first version whose kernels take tuples, and carry them through loops.
 OLDEST_TRITON = (3, 3)
@@ -24,6 +25,9 @@ MAX_HEAD_DIM = 256
 TABLE_PROGRAMS = 2048
 # Offsets that one of them sums for: two sums for each, query and head stay in registers.
 TABLE_OFFSETS = 4
+# Tokens and rows of a product of tensor cores there.
+TABLE_TOKENS = 64
+TABLE_ROWS = 4
 
 
 def unsupported(
@@ -112,8 +116,9 @@ def backward(
     strides = (grad.stride()[:3], *problem.strides)
     maps = (grad, problem.scores, problem.value, problem.bias, problem.weight, lse)
     if problem.takes_tensor_cores():
-        delta, grad_scores, grad_value = _gradients_of_products(problem, maps, strides)
+        delta, peaks, grad_scores, grad_value = _gradients_of_products(problem, maps, strides)
     else:
+        peaks = None
         delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
         problem.launch(delta_kernel, problem.out_size, (*maps, delta), strides)
         grad_scores = torch.empty(scores.shape, dtype=torch.float32, device=value.device)
@@ -123,7 +128,10 @@ def backward(
     if problem.bias is None and problem.weight is None:
         return grad_scores, grad_value, None, None
 
-    products, means = _table_sums(problem, grad, lse, delta).unbind(0)
+    sums = _table_sums(problem, grad, lse, delta, peaks)
+    if peaks is not None:
+        sums += _table_sums_of_products(problem, grad, lse, delta, peaks)
+    products, means = sums.unbind(0)
     grad_bias, grad_weight = None, None
     if problem.bias is not None:
         grad_bias = (products if problem.weight is None else products * problem.weight) - means
@@ -134,14 +142,17 @@ def backward(
 
 def _gradients_of_products(
     problem: Problem, maps: tuple[Tensor | None, ...], strides: tuple[tuple[int, ...], ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """delta, and gradients of scores and values, on tensor cores."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """delta, the peaks of tiles, and gradients of scores and values, on tensor cores."""
     scores, value, lse = problem.scores, problem.value, maps[-1]
     options = {"dtype": torch.float32, "device": value.device}
     # parts of a head's channels have their sums apart
     delta = torch.empty(problem.parts, *lse.shape, **options)
     numerators, denominators, _ = problem.bands()
-    args = (*maps, delta, numerators, denominators)
+    tiles = problem.product_tiles(problem.out_size)
+    num_tiles = problem.batch * tiles[0] * tiles[1]
+    peaks = torch.empty(num_tiles, problem.queries, problem.heads, **options)
+    args = (*maps, delta, peaks, numerators, denominators)
     problem.launch_products(toeplitz_delta_kernel, problem.out_size, args, strides, delta.stride(0))
     delta = _whole(delta)
     grad_scores = torch.empty(problem.parts, *scores.shape, **options)
@@ -151,7 +162,7 @@ def _gradients_of_products(
     problem.launch_products(
         toeplitz_token_kernel, problem.size, args, strides, grad_scores.stride(0)
     )
-    return delta, _whole(grad_scores), grad_value
+    return delta, peaks, _whole(grad_scores), grad_value
 
 
 def _whole(parts: Tensor) -> Tensor:
@@ -159,8 +170,48 @@ def _whole(parts: Tensor) -> Tensor:
     return parts[0] if parts.shape[0] == 1 else parts.sum(dim=0)
 
 
-def _table_sums(problem: Problem, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """Sums of attn <grad, value> and of attn delta over all positions, [2, K, Q, h]."""
+def _table_sums_of_products(
+    problem: Problem, grad: Tensor, lse: Tensor, delta: Tensor, peaks: Tensor
+) -> Tensor:
+    """`_table_sums` on tensor cores, over the tiles of finite peaks."""
+    kernel_h, kernel_w = problem.constants["KERNEL_H"], problem.constants["KERNEL_W"]
+    tile, tiles = problem.product_tile, problem.product_tiles(problem.out_size)
+    num_tiles = problem.batch * tiles[0] * tiles[1]
+    blocks = triton.cdiv(tile[1] + kernel_w - 1, TABLE_TOKENS)
+    others = (problem.heads, kernel_h * blocks)
+    programs = min(num_tiles, max(TABLE_PROGRAMS // (others[0] * others[1]), 1))
+    table = (kernel_h * kernel_w, problem.queries, problem.heads)
+    part = torch.empty(2, programs, blocks, *table, dtype=torch.float32, device=grad.device)
+    _, denominators, tops = problem.exponentials()
+    if programs > 0:
+        with on(grad.device):
+            toeplitz_table_kernel[(programs, *others)](
+                *(grad, problem.scores, problem.value, lse, delta, peaks, tops, part),
+                problem.size,
+                problem.out_size,
+                tiles,
+                num_tiles,
+                grad.stride()[:3],
+                *problem.strides,
+                lse.stride()[:3],
+                **problem.constants,
+                TILE_H=tile[0],
+                TILE_W=tile[1],
+                ROWS=TABLE_ROWS,
+                BLOCK=TABLE_TOKENS,
+                BD=problem.dims,
+                LOW_PRECISION=problem.low_precision,
+                INTERPRETED=isinstance(toeplitz_table_kernel, InterpretedFunction),
+                **{**OPTIONS, "num_stages": 1},
+            )
+    return part.sum(dim=(1, 2)) * denominators.flatten(2).permute(2, 0, 1)
+
+
+def _table_sums(
+    problem: Problem, grad: Tensor, lse: Tensor, delta: Tensor, peaks: Tensor | None
+) -> Tensor:
+    """Sums of attn <grad, value> and of attn delta over all positions, [2, K, Q, h]; with the
+    peaks of tiles, over those where they are infinite."""
     block, tiles = problem.block, problem.tiles(problem.out_size)
     num_tiles = problem.batch * tiles[0] * tiles[1]
     kernel_h, kernel_w = problem.constants["KERNEL_H"], problem.constants["KERNEL_W"]
@@ -170,14 +221,17 @@ def _table_sums(problem: Problem, grad: Tensor, lse: Tensor, delta: Tensor) -> T
     programs = min(num_tiles, max(TABLE_PROGRAMS // (others[0] * others[1]), 1))
     table = (kernel_h, steps * offsets, problem.queries, problem.heads)
     part = torch.empty(2, programs, *table, dtype=torch.float32, device=grad.device)
+    is_any_left = None if peaks is None else peaks.isinf().any().to(torch.int32)
     if programs > 0:
         with on(grad.device):
             table_kernel[(programs, *others)](
-                *(grad, problem.scores, problem.value, problem.bias, lse, delta, part),
+                *(grad, problem.scores, problem.value, problem.bias, lse, delta),
+                *(peaks, is_any_left, part),
                 problem.size,
                 problem.out_size,
                 tiles,
                 num_tiles,
+                problem.product_tiles(problem.out_size),
                 grad.stride()[:3],
                 *problem.strides,
                 **problem.constants,
@@ -186,6 +240,8 @@ def _table_sums(problem: Problem, grad: Tensor, lse: Tensor, delta: Tensor) -> T
                 BK=offsets,
                 BH=block.heads,
                 BD=block.dims,
+                PEAK_TILE_H=problem.product_tile[0],
+                PEAK_TILE_W=problem.product_tile[1],
                 **OPTIONS,
             )
     return part.sum(dim=1)[:, :, :kernel_w].flatten(1, 2)

@@ -162,6 +162,15 @@ class Problem:
         tile = self.block.tile
         return triton.cdiv(size[0], tile[0]), triton.cdiv(size[1], tile[1])
 
+    @property
+    def product_tile(self) -> tuple[int, int]:
+        """Height and width of the tiles of tensor cores."""
+        return TOEPLITZ_ROWS, self.columns
+
+    def product_tiles(self, size: tuple[int, ...]) -> tuple[int, int]:
+        """Tiles of a map, down and across, for tensor cores."""
+        return triton.cdiv(size[0], TOEPLITZ_ROWS), triton.cdiv(size[1], self.columns)
+
     def launch(
         self,
         kernel: KernelInterface,
@@ -200,8 +209,7 @@ class Problem:
         *steps: int,
     ) -> None:
         """Runs a kernel of tensor cores, with a program for a tile, a head and a part of it."""
-        tile = (TOEPLITZ_ROWS, self.columns)
-        tiles = tuple(triton.cdiv(n, t) for n, t in zip(size, tile, strict=True))
+        tile, tiles = self.product_tile, self.product_tiles(size)
         grid = (self.batch * tiles[0] * tiles[1], self.heads * self.parts)
         if grid[0] == 0:
             return

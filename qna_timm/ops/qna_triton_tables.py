@@ -24,11 +24,14 @@ def table_kernel(
     bias,
     lse,
     delta,
+    peaks,
+    is_any_left,
     part,
     size,
     out_size,
     tiles,
     num_tiles,
+    peak_tiles,
     grad_strides,
     score_strides,
     value_strides,
@@ -44,6 +47,8 @@ def table_kernel(
     BK: tl.constexpr,
     BH: tl.constexpr,
     BD: tl.constexpr,
+    PEAK_TILE_H: tl.constexpr,
+    PEAK_TILE_W: tl.constexpr,
 ):
     """Sums over a program's share of the tiles of positions, for BK offsets of a window's row:
 
@@ -51,7 +56,8 @@ def table_kernel(
 
     with part [2, programs, KERNEL_H, STEPS * BK, Q, h].
 
-    The weight's gradient is the first, the bias's is weight * the first - the second.
+    The weight's gradient is the first, the bias's is weight * the first - the second. With `peaks`
+    [peak tiles, Q, h] only where these are infinite, if `is_any_left` at all.
     """
     STEPS: tl.constexpr = (KERNEL_W + BK - 1) // BK
     ky = tl.program_id(2) // STEPS
@@ -62,9 +68,19 @@ def table_kernel(
     for _ in tl.static_range(BK * QUERIES):
         products += (tl.zeros((TILE_H * TILE_W, BH), tl.float32),)
         means += (tl.zeros((TILE_H * TILE_W, BH), tl.float32),)
+    if peaks is not None:
+        num_tiles = tl.where(tl.load(is_any_left) != 0, num_tiles, 0)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         image, rows, cols = tile_positions(tile, tiles, TILE_H, TILE_W)
         on_map = (rows < out_size[0]) & (cols < out_size[1])
+        left_over = tl.full((1, BH), 1.0, tl.float32)
+        if peaks is not None:
+            # a tile lies in one of the tiles of peaks
+            peak_row = tile // tiles[1] % tiles[0] * TILE_H // PEAK_TILE_H
+            peak_col = tile % tiles[1] * TILE_W // PEAK_TILE_W
+            peak_tile = (image * peak_tiles[0] + peak_row) * peak_tiles[1] + peak_col
+            peak = tl.load(peaks + peak_tile * QUERIES * HEADS + heads)
+            left_over = tl.where(peak == float("inf"), 1.0, 0.0)[None, :]
         places = image * grad_strides[0] + rows.to(tl.int64) * grad_strides[1]
         places += cols * grad_strides[2]
         grads = load_channels(grad, places, on_map, channels, has_channel)
@@ -91,7 +107,7 @@ def table_kernel(
             for q in tl.static_range(QUERIES):
                 score = load_heads(scores + q * HEADS, places, inside, heads, float("-inf"))
                 added = load_table(bias, row, q * HEADS, heads, 0.0)
-                attn = tl.exp((score - logs[q]) + added)
+                attn = tl.exp((score - logs[q]) + added) * left_over
                 new_products += (products[i * QUERIES + q] + attn * slopes,)
                 new_means += (means[i * QUERIES + q] + attn * deltas[q],)
         products, means = new_products, new_means

@@ -38,6 +38,7 @@ def toeplitz_delta_kernel(
     weight,
     lse,
     delta,
+    peaks,
     numerators,
     denominators,
     size,
@@ -63,12 +64,13 @@ def toeplitz_delta_kernel(
     LOW_PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """delta of a tile, of a head and BD of its channels."""
+    """delta of a tile, of a head and BD of its channels, and its peaks [tiles, Q, h]; these are
+    infinite where the products do not serve."""
     image, first_row, first_col, head, part = place_of_tile(tiles, HEAD_DIM, TILE_H, TILE_W, BD)
     rows, cols = first_row + tl.arange(0, TILE_H), first_col + tl.arange(0, TILE_W)
     dims = part * BD + tl.arange(0, BD)
     delta += part.to(tl.int64) * part_step
-    _, sums, totals = window_sums(
+    own_peaks, sums, totals = window_sums(
         scores + image * score_strides[0] + head,
         None,
         value + image * value_strides[0] + head * HEAD_DIM,
@@ -107,7 +109,11 @@ def toeplitz_delta_kernel(
         products = tl.sum(sums[q].reshape(TILE_H, BD, TILE_W) * grads, axis=1) / totals[q]
         good &= (totals[q] >= SMALLEST_SUM) & (tl.abs(products) < float("inf"))
         deltas += (products,)
-    if everywhere(good, on_map):
+    served = everywhere(good, on_map)
+    for q in tl.static_range(QUERIES):
+        peak = tl.where(served, own_peaks[q], float("inf"))
+        tl.store(peaks + (tl.program_id(0) * QUERIES + q) * HEADS + head, peak, mask=part == 0)
+    if served:
         places = (image * out_size[0] + rows[:, None]) * out_size[1] + cols[None, :]
         for q in tl.static_range(QUERIES):
             tl.store(delta + (places * QUERIES + q) * HEADS + head, deltas[q], mask=on_map)
