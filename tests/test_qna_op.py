@@ -1,6 +1,7 @@
 """Learned-query attention as a PyTorch operator: ways to call, differentiate and record it."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -193,7 +194,7 @@ def test_one_image_beyond_the_range() -> None:
     assert error(found, wanted) < 1e-5
     choice = explain_qna_attention(scores, value, *args)
     assert choice.impl == "exact"
-    assert choice.why_not["depthwise"] == "scores of 1 of 3 images spread too far"
+    assert choice.why_not["depthwise"] == "1 of 3 images are out of its range"
     assert "summed faster directly" in choice.why_not["fft"]
 
 
@@ -254,3 +255,62 @@ def test_threads_do_not_share_buffers() -> None:
         thread.join()
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_forward_mode() -> None:
+    """Jacobian-vector products and Hessians, also where gradients are off."""
+    tensors, args = make_inputs("small")
+
+    def attention(scores: Tensor, value: Tensor, bias: Tensor, impl: str = "auto") -> Tensor:
+        return qna_attention(scores, value, bias, tensors[3], *args, impl)
+
+    given, tangents = tuple(tensors[:3]), tuple(torch.cos(t) for t in tensors[:3])
+    stock = partial(attention, impl="offsets")
+    wanted = torch.func.jvp(stock, given, tangents)[1]
+    torch.testing.assert_close(torch.func.jvp(attention, given, tangents)[1], wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.jvp(attention, given, tangents)[1], wanted)
+        torch.testing.assert_close(
+            torch.func.jacfwd(attention)(*given), torch.func.jacrev(stock)(*given)
+        )
+
+    def loss(value: Tensor, impl: str) -> Tensor:
+        return attention(given[0], value, given[2], impl).square().sum()
+
+    hessians = [
+        torch.func.hessian(partial(loss, impl=impl))(given[1]) for impl in ("auto", "offsets")
+    ]
+    torch.testing.assert_close(*hessians)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-24, 1e24, 1e30])
+def test_gradients_of_any_size(scale: float) -> None:
+    """They are linear in what comes in, whatever squares of float32 numbers hold."""
+    tensors, args = single(spread=0.5)
+    direction = torch.randn(2, 5, 7, 12)
+
+    def grads(direction: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        return torch.autograd.grad(qna_attention(*leaves, *args), leaves, direction)
+
+    for found, wanted in zip(grads(direction * scale), grads(direction), strict=True):
+        assert (found.double() / scale - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+def test_backward_is_an_operator_too() -> None:
+    tensors, (kernel, stride, padding) = single()
+    grad = torch.randn(2, 5, 7, 12)
+    backward = torch.ops.qna_timm.qna_attention_backward.default
+    torch.library.opcheck(backward, (grad, None, *tensors, list(kernel), stride, padding, "auto"))
+
+
+def test_vmap_of_nothing() -> None:
+    tensors, args = single()
+    none = torch.zeros(0, *tensors[0].shape)
+    out = torch.func.vmap(lambda s: qna_attention(s, *tensors[1:], *args))(none)
+    assert out.shape == (0, 2, 5, 7, 12)
+
+
+def test_half_precision_scores_are_explained_as_computed() -> None:
+    scores, value = torch.randn(1, 32, 32, 2, 2).bfloat16() * 0.3, torch.randn(1, 32, 32, 8)
+    assert explain_qna_attention(scores, value, None, None, (23, 23), 1, 11).impl == "fft"

@@ -122,7 +122,7 @@ class LearnedQueryAttention(nn.Module):
         self.normalize_stop_grad = normalize_stop_grad
         self.bias_scale = self.head_dim**-0.5 if scale_rel_pos_bias else 1.0
         self.impl = impl
-        self.fused_attn = impl != "auto" or use_fused_attn()
+        self.fused_attn = impl != "offsets" and (impl != "auto" or use_fused_attn())
 
         self.query = nn.Parameter(torch.empty(num_queries, dim_attn, **dd))
         self.k = nn.Linear(dim, dim_attn, bias=qkv_bias, **dd)

@@ -133,6 +133,18 @@ def _check_qna(
             raise ValueError(f"query_weight must be {table} or {[1, *table[1:]]}, got {shape}")
 
 
+def _widened(
+    scores: Tensor, rel_pos_bias: Tensor | None, query_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """In the dtype to compute in: float32, float64 for float64 scores."""
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if rel_pos_bias is not None:
+        rel_pos_bias = rel_pos_bias.to(dtype)
+    if query_weight is not None:
+        query_weight = query_weight.to(dtype)
+    return scores.to(dtype), rel_pos_bias, query_weight
+
+
 def qna_attention(
     scores: Tensor,
     value: Tensor,
@@ -174,13 +186,7 @@ def qna_attention(
     Raises:
         ValueError: shapes that do not go together, unknown impl, or one that cannot compute this.
     """
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    scores = scores.to(dtype)
-    if rel_pos_bias is not None:
-        rel_pos_bias = rel_pos_bias.to(dtype)
-    if query_weight is not None:
-        query_weight = query_weight.to(dtype)
-
+    scores, rel_pos_bias, query_weight = _widened(scores, rel_pos_bias, query_weight)
     if torch.jit.is_scripting():
         window = [kernel_size[0], kernel_size[1]]
         return torch.ops.qna_timm.qna_attention(
@@ -188,7 +194,8 @@ def qna_attention(
         )[0]
     else:  # in so many words: the script compiler skips an else branch, not code that follows
         args = (scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
-        _check_qna(*args)
+        if not torch.jit.is_tracing():  # sizes are tensors there
+            _check_qna(*args)
         choice = _choose_qna(impl, *args)
         if choice.impl == "reference":
             return qna_attention_reference(*args).to(value.dtype)
@@ -207,12 +214,7 @@ def stock_qna_attention(
     padding: int,
 ) -> Tensor:
     """`qna_attention` by stock operators alone, for graphs that must load without this package."""
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    scores = scores.to(dtype)
-    if rel_pos_bias is not None:
-        rel_pos_bias = rel_pos_bias.to(dtype)
-    if query_weight is not None:
-        query_weight = query_weight.to(dtype)
+    scores, rel_pos_bias, query_weight = _widened(scores, rel_pos_bias, query_weight)
     out = qna_offsets(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
     return out.to(value.dtype)
 
@@ -245,20 +247,20 @@ def explain_qna_attention(
     stride: int = 1,
     padding: int = 0,
 ) -> Choice:
-    """Which form impl='auto' takes for a problem, and why not others; computes the output for that.
+    """Which form impl='auto' takes for an output, and why not others; computes it to see.
 
     Arguments and errors as in `qna_attention`. Where images need several forms, the choice is the
     last of them on the ladder and the reasons tell how many images are concerned.
     """
-    tables = [None if x is None else x.to(scores.dtype) for x in (rel_pos_bias, query_weight)]
-    args = (scores, value, *tables, kernel_size, stride, padding)
+    scores, rel_pos_bias, query_weight = _widened(scores, rel_pos_bias, query_weight)
+    args = (scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
     _check_qna(*args)
     choice = _choose_qna("auto", *args)
     if choice.impl != "auto":
         return choice
     problem = Problem(*args, "auto")
     why_not = dict(choice.why_not)
-    with torch.no_grad():
+    with torch.no_grad(), problem:
         served = [(problem.forward(part)[0], part.stop - part.start) for part in problem.parts()]
     left = scores.shape[0]
     for name in ("fft", "depthwise"):
@@ -267,7 +269,7 @@ def explain_qna_attention(
             left -= sum(count for form, count in served if form == name)
             if left == 0:
                 return Choice(name, why_not)
-            reason = f"scores of {left} of {scores.shape[0]} images spread too far"
+            reason = f"{left} of {scores.shape[0]} images are out of its range"
         why_not[name] = reason
     return Choice("exact", why_not)
 

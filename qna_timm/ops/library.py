@@ -45,6 +45,8 @@ def _vmap_in_turn(
     operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[Any, Any]:
     """Runs an operator for one after another: gradients of parameters may be asked of each."""
+    if info.batch_size == 0:
+        return _vmap_of_none(operator, in_dims, args)
     columns = [
         x.unbind(dim) if isinstance(dim, int) else [x] * info.batch_size
         for x, dim in zip(args, in_dims, strict=True)
@@ -53,6 +55,20 @@ def _vmap_in_turn(
     if isinstance(found[0], Tensor):
         return torch.stack(found), 0
     return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
+
+def _vmap_of_none(
+    operator: Callable[..., Any], in_dims: tuple[int | None, ...], args: tuple
+) -> tuple[Any, Any]:
+    """Results of no call, in the shape that those of a call have."""
+    row = [
+        x.new_zeros(x.movedim(dim, 0).shape[1:]) if isinstance(dim, int) else x
+        for x, dim in zip(args, in_dims, strict=True)
+    ]
+    found = operator(*row)
+    if isinstance(found, Tensor):
+        return found.new_empty(0, *found.shape), 0
+    return tuple(x.new_empty(0, *x.shape) for x in found), (0,) * len(found)
 
 
 def register_gradient(

@@ -3,7 +3,9 @@
 Letters: B batch, H W map, Y X output map, Q queries, h heads, C channels, K offsets.
 """
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,8 @@ class Problem:
         backward: bool = False,
     ) -> None:
         """Arguments as in `qna_attention`, impl 'auto', 'depthwise', 'fft' or 'exact'."""
+        if impl not in ("auto", "depthwise", "fft", "exact"):
+            raise ValueError(f"impl must be 'auto', 'depthwise', 'fft' or 'exact', got {impl!r}")
         self.scores, self.value, self.impl = scores, value, impl
         self.least_fourier = FOURIER_OFFSETS
         if not backward and value.device.type == "cpu":
@@ -90,7 +94,9 @@ class Problem:
         """Scores and value of some images, of one dtype."""
         return self.scores[images], self.value[images].to(self.scores.dtype)
 
-    def release(self) -> None:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: Any) -> None:
         """See `Workspace.release`."""
         for _, form in self.forms:
             form.work.release()
@@ -116,11 +122,25 @@ class Problem:
         """Gradients of scores, value [n, H, W, h, d], bias and weight [K, Q, h]."""
         scores, value = self.split(images)
         grad = grad[images].to(scores.dtype)
+        scale = _power_of_two(grad)
+        grad = grad if scale == 1.0 else grad / scale
+        grads = self._backward(grad, scores, value)
+        return grads if scale == 1.0 else tuple(x * scale for x in grads)
+
+    def _backward(self, grad: Tensor, scores: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         for _, form in self.forms:
             if (grads := form.backward(grad, scores, value)) is not None:
                 return grads
             self.refuse()
         return exact_backward(grad, scores, value, *self.parameters, self.windows)
+
+
+def _power_of_two(grad: Tensor) -> float:
+    """What gradients are divided by so that their squares are numbers: 1 for most."""
+    top = float(grad.abs().amax()) if grad.numel() else 0.0
+    if top == 0.0 or not math.isfinite(top) or 1e-9 < top < 1e9:
+        return 1.0
+    return 2.0 ** min(max(math.frexp(top)[1], -100), 100)
 
 
 def forward(
@@ -137,9 +157,9 @@ def forward(
     problem = Problem(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding, impl)
     out = value.new_empty(value.shape[0], *problem.out_size, value.shape[3])
     by_head = out.unflatten(3, (scores.shape[4], -1))
-    for images in problem.parts():
-        by_head[images] = problem.forward(images)[1]
-    problem.release()
+    with problem:
+        for images in problem.parts():
+            by_head[images] = problem.forward(images)[1]
     return out
 
 
@@ -160,13 +180,13 @@ def backward(
     )
     grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
     grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
-    grad_tables = scores.new_zeros(2, *problem.table)
+    grad_bias, grad_weight = scores.new_zeros(problem.table), scores.new_zeros(problem.table)
     by_head = grad_value.unflatten(3, (scores.shape[4], -1))
-    for images in problem.parts():
-        grad_scores[images], by_head[images], *tables = problem.backward(grad, images)
-        grad_tables += torch.stack(tables)
-    problem.release()
-    grad_bias, grad_weight = grad_tables
+    with problem:
+        for images in problem.parts():
+            grad_scores[images], by_head[images], bias, weight = problem.backward(grad, images)
+            grad_bias += bias
+            grad_weight += weight
     if query_weight is not None:
         grad_weight = grad_weight.sum_to_size(query_weight.shape)
     return grad_scores, grad_value, grad_bias, grad_weight

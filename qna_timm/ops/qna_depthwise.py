@@ -35,12 +35,12 @@ class _Convolutions(WindowSums):
         """A map as planes."""
 
     @abstractmethod
-    def map(self, planes: Tensor, channels: int) -> Tensor:
+    def from_planes(self, planes: Tensor, channels: int) -> Tensor:
         """The inverse of `planes`."""
 
     def _kernel(self, table: Tensor, channels: int) -> Tensor:
         """[K, Q, h] -> [Q*h*channels, 1, kh, kw]."""
-        key = (id(table), channels)
+        key = (id(table), channels)  # tables live as long as the form
         if key not in self.kernels:
             kernel = table.flatten(1).t().unsqueeze(1).expand(-1, channels, -1)
             self.kernels[key] = kernel.reshape(-1, 1, *self.windows.kernel_size)
@@ -53,7 +53,7 @@ class _Convolutions(WindowSums):
         channels = x.shape[self.channel]
         kernel, windows = self._kernel(table, channels), self.windows
         settings = (windows.stride, windows.padding, 1, len(kernel))
-        return self.map(F.conv2d(self.planes(x), kernel, None, *settings), channels)
+        return self.from_planes(F.conv2d(self.planes(x), kernel, None, *settings), channels)
 
     def sums_back(self, grad: Tensor, table: Tensor) -> Tensor:
         channels = grad.shape[self.channel]
@@ -66,7 +66,7 @@ class _Convolutions(WindowSums):
             beyond = _beyond(self.size, windows)
             settings = (windows.stride, windows.padding, beyond, len(kernel))
             out = F.conv_transpose2d(planes, kernel, None, *settings)
-        return self.map(out, channels)
+        return self.from_planes(out, channels)
 
 
 def _beyond(size: tuple[int, int], windows: Windows) -> list[int]:
@@ -101,7 +101,7 @@ class ChannelsLastSums(_Convolutions):
     def planes(self, x: Tensor) -> Tensor:
         return x.flatten(3).permute(0, 3, 1, 2)
 
-    def map(self, planes: Tensor, channels: int) -> Tensor:
+    def from_planes(self, planes: Tensor, channels: int) -> Tensor:
         x = planes.permute(0, 2, 3, 1).contiguous()
         return x.view(*x.shape[:3], self.num_queries, self.num_heads, channels)
 
@@ -154,7 +154,7 @@ class PlanarSums(_Convolutions):
             planes = planes.contiguous(memory_format=torch.channels_last)
         return planes
 
-    def map(self, planes: Tensor, channels: int) -> Tensor:
+    def from_planes(self, planes: Tensor, channels: int) -> Tensor:
         x = planes.contiguous()
         return x.view(len(x), self.num_queries, self.num_heads, channels, *x.shape[2:])
 
@@ -175,6 +175,6 @@ class PlanarSums(_Convolutions):
 
 
 def depthwise_sums(windows: Windows, on_cpu: bool) -> type[WindowSums]:
-    """The faster of both."""
+    """The class whose layout is the faster one."""
     few = windows.num_offsets <= FEW_OFFSETS
     return ChannelsLastSums if few and on_cpu else PlanarSums

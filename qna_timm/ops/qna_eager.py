@@ -7,15 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _window_max(scores: Tensor, kernel_size: tuple[int, int], stride: int) -> Tensor:
-    """Maximum of padded scores [B, H, W, Q, h] over every window, [B, Y, X, Q, h], no gradient."""
-    num_heads = scores.shape[-1]
-    flat = scores.detach().flatten(3).permute(0, 3, 1, 2)
-    # rows, then columns: kh + kw instead of kh * kw comparisons
-    flat = F.max_pool2d(flat, (kernel_size[0], 1), (stride, 1))
-    flat = F.max_pool2d(flat, (1, kernel_size[1]), (1, stride))
-    return flat.permute(0, 2, 3, 1).unflatten(3, (-1, num_heads))
+from qna_timm.ops.qna_windows import window_max
 
 
 def qna_offsets(
@@ -40,7 +32,7 @@ def qna_offsets(
     value = F.pad(value.to(scores.dtype), [0, 0, p, p, p, p]).unflatten(3, (num_heads, -1))
     # The window's maximum goes before the bias comes: at scores of 1e4 a float32 sum with the
     # bias would keep only three decimals of it. softmax then removes the maximum of the sum.
-    shift = _window_max(scores, kernel_size, stride)
+    shift = window_max(scores.detach(), kernel_size, stride)
     logits = []
     for ky in range(kernel_h):
         for kx in range(kernel_w):

@@ -11,20 +11,9 @@ K offsets.
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from qna_timm.ops.qna_windows import Windows
-
-
-def window_max(scores: Tensor, windows: Windows) -> Tensor:
-    """Maximum of framed scores [n, H+2p, W+2p, Q, h] over every window, [n, Y, X, Q, h]."""
-    flat = scores.flatten(3).permute(0, 3, 1, 2)
-    (kernel_h, kernel_w), step = windows.kernel_size, windows.stride
-    # rows, then columns: kh + kw instead of kh * kw comparisons
-    flat = F.max_pool2d(flat, (kernel_h, 1), (step, 1))
-    flat = F.max_pool2d(flat, (1, kernel_w), (1, step))
-    return flat.permute(0, 2, 3, 1).unflatten(3, scores.shape[3:])
+from qna_timm.ops.qna_windows import Windows, window_max
 
 
 class ExactWindows:
@@ -36,7 +25,7 @@ class ExactWindows:
         self.scores = windows.framed(scores, float("-inf"))
         # The window's maximum goes before the bias comes: at scores of 1e4 a float32 sum with the
         # bias would keep only three decimals of it.
-        self.shift = window_max(self.scores, windows)
+        self.shift = window_max(self.scores, windows.kernel_size, windows.stride)
         self.top = torch.full_like(self.shift, float("-inf"))
         for logits in self._logits():
             torch.maximum(self.top, logits, out=self.top)

@@ -5,11 +5,13 @@ calls go through an autograd function, which `torch.func` takes too. Gradients o
 from the form of stock operators.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from qna_timm.ops import qna_attn
@@ -131,22 +133,33 @@ def _graph_gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor |
 register_gradient("qna_attention", _graph_gradients, _setup_context)
 
 
+def _with_list(args: tuple, place: int) -> tuple:
+    """Both sides of the kernel as the operator has them, one list; functions take no lists."""
+    return *args[:place], list(args[place : place + 2]), *args[place + 2 :]
+
+
 class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.qna_timm.qna_attention(*args)
+        return torch.ops.qna_timm.qna_attention(*_with_list(args, 4))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         _setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:4])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
-        return *_of_given(_Gradients.apply(grad, *kept, *ctx.settings), *kept[3:]), *[None] * 4
+        return *_of_given(_Gradients.apply(grad, *kept, *ctx.settings), *kept[3:]), *[None] * 5
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+        attention = _stock_attention(*ctx.settings[:4])
+        return _moved(attention, ctx.saved_tensors[-4:], tangents[:4]), None
 
 
 class _Gradients(torch.autograd.Function):
@@ -156,35 +169,79 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.qna_timm.qna_attention_backward(*args)
+        return torch.ops.qna_timm.qna_attention_backward(*_with_list(args, 6))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.settings = inputs[6:]
-        ctx.save_for_backward(inputs[0], *inputs[2:6])
+        kept = inputs[0], *inputs[2:6]
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kernel_size, stride, padding, _ = ctx.settings
-        grad, scores, value, bias, weight = ctx.saved_tensors
-        table = (kernel_size[0] * kernel_size[1], *scores.shape[3:])
-        full_bias = scores.new_zeros(table) if bias is None else bias
-        full_weight = scores.new_ones(table) if weight is None else weight
-
-        def attention(scores: Tensor, value: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
-            out = qna_offsets(
-                scores, value, bias, weight, (kernel_size[0], kernel_size[1]), stride, padding
-            )
-            return out.to(value.dtype)
-
-        def gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.vjp(attention, *inputs)[1](grad)
-
-        with torch.autocast(grad.device.type, enabled=False):
+        kept = ctx.saved_tensors
+        with torch.autocast(kept[0].device.type, enabled=False):
             # not autograd.grad: of what torch.func.vjp has left, no graph leads back to inputs
-            _, pull = torch.func.vjp(gradients, grad, scores, value, full_bias, full_weight)
+            _, pull = torch.func.vjp(_stock_gradients(ctx.settings), *_full(kept, ctx.settings))
             grad_grad, *others = pull(tuple(grads))
-        return grad_grad, None, *_of_given(tuple(others), bias, weight), *[None] * 4
+        return grad_grad, None, *_of_given(tuple(others), *kept[3:]), *[None] * 5
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        given = tangents[0], *tangents[2:6]
+        inputs = _full(ctx.saved_tensors, ctx.settings)
+        return _moved(_stock_gradients(ctx.settings), inputs, given)
+
+
+def _stock_attention(
+    kernel_h: int, kernel_w: int, stride: int, padding: int
+) -> Callable[..., Tensor]:
+    """The function of scores, value and both tables in stock operators."""
+
+    def attention(scores: Tensor, value: Tensor, *tables: Tensor | None) -> Tensor:
+        out = qna_offsets(scores, value, *tables, (kernel_h, kernel_w), stride, padding)
+        return out.to(value.dtype)
+
+    return attention
+
+
+def _stock_gradients(settings: tuple) -> Callable[..., tuple[Tensor, ...]]:
+    """Its gradients as a function of the output's gradient and of its inputs."""
+    attention = _stock_attention(*settings[:4])
+
+    def gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(attention, *inputs)[1](grad)
+
+    return gradients
+
+
+def _full(kept: tuple[Tensor | None, ...], settings: tuple) -> tuple[Tensor, ...]:
+    """A gradient and inputs with neutral tables where none were given."""
+    grad, scores, value, bias, weight = kept
+    table = (settings[0] * settings[1], *scores.shape[3:])
+    bias = scores.new_zeros(table) if bias is None else bias
+    return grad, scores, value, bias, scores.new_ones(table) if weight is None else weight
+
+
+def _moved(function: Callable[..., Any], inputs: tuple[Tensor | None, ...], tangents: tuple) -> Any:
+    """Jacobian of a function times tangents, None of which are zero."""
+    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+    def of_moving(*moved: Tensor) -> Any:
+        given = list(inputs)
+        for i, x in zip(moving, moved, strict=True):
+            given[i] = x
+        return function(*given)
+
+    primals, steps = (tuple(x[i] for i in moving) for x in (inputs, tangents))
+    with torch.autocast(primals[0].device.type, enabled=False):
+        return torch.func.jvp(of_moving, primals, steps)[1]
+
+
+def _is_transformed() -> bool:
+    """Whether derivatives may be taken though gradients are off: forward-mode, `torch.func`."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def qna_operator(
@@ -198,8 +255,8 @@ def qna_operator(
     impl: str,
 ) -> Tensor:
     """The operator, in the way that suits the caller; arguments as in `qna_attn.Problem`."""
-    args = (scores, value, rel_pos_bias, query_weight, list(kernel_size), stride, padding, impl)
+    args = (scores, value, rel_pos_bias, query_weight, *kernel_size, stride, padding, impl)
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if recorded or not torch.is_grad_enabled():
-        return torch.ops.qna_timm.qna_attention(*args)[0]
+    if recorded or not (torch.is_grad_enabled() or _is_transformed()):
+        return torch.ops.qna_timm.qna_attention(*_with_list(args, 4))[0]
     return _Attention.apply(*args)[0]

@@ -10,6 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def window_max(scores: Tensor, kernel_size: tuple[int, int], stride: int) -> Tensor:
+    """Maximum of framed scores [n, H+2p, W+2p, Q, h] over every window, [n, Y, X, Q, h]."""
+    num_heads = scores.shape[-1]
+    flat = scores.flatten(3).permute(0, 3, 1, 2)
+    # rows, then columns: kh + kw instead of kh * kw comparisons
+    flat = F.max_pool2d(flat, (kernel_size[0], 1), (stride, 1))
+    flat = F.max_pool2d(flat, (1, kernel_size[1]), (1, stride))
+    return flat.permute(0, 2, 3, 1).unflatten(3, (-1, num_heads))
+
+
 @dataclass(frozen=True)
 class Windows:
     """Window (y, x) begins at token (stride*y - padding, stride*x - padding).
