@@ -73,10 +73,7 @@ def window_sums(
     vectors,
     numerators,
     denominators,
-    first_row,
-    first_col,
-    head,
-    dims,
+    tile,
     size,
     level_strides,
     vector_strides,
@@ -101,11 +98,13 @@ def window_sums(
         peak, the largest SIGN * level of the tile and its halo,
         sums of e vector [TILE_H * BD, TILE_W] and of e scalar [TILE_H, TILE_W]
 
-    Pointers of maps are those of an image and a head. Bands are [Q, h, KERNEL_H, TOKENS, columns].
+    `tile` is its first row and column, a head, and BD of that head's channels. Pointers of maps are
+    those of the image and the head. Bands are [Q, h, KERNEL_H, TOKENS, columns].
     In low precision the second sum, of which there is an eighth as much, is still good to 16 bits:
     its numbers come as sums of two, the band as one column beside the other.
     """
     SUMS: tl.constexpr = 2 if LOW_PRECISION else 1
+    first_row, first_col, head, dims = tile
     rows = first_row - PAD_H + tl.arange(0, TILE_H)
     tokens = first_col - PAD_W + tl.arange(0, CHUNK)
     # rows of the window, and chunks of tokens, of which some are on the map
@@ -213,10 +212,7 @@ def toeplitz_kernel(
         value + image * value_strides[0] + head * HEAD_DIM,
         numerators,
         denominators,
-        first_row,
-        first_col,
-        head,
-        dims,
+        (first_row, first_col, head, dims),
         size,
         score_strides,
         value_strides,

@@ -45,10 +45,13 @@ def load_vectors(x, ys, xs, dims, height, width, strides, HEAD_DIM: tl.constexpr
 
 @triton.jit
 def exponentials(
-    scores, lse, peaks, tops, ys, xs, rows, cols, size, out_size, score_strides, lse_strides
+    scores, lse, peaks, tops, tokens, positions, size, out_size, score_strides, lse_strides
 ):
     """exp(score - peak) [tokens, rows] and exp(peak + top - lse) [columns, rows] of an image, a
-    query and a head; 0 off the map, and everywhere if the peak is infinite."""
+    query and a head, at rows and columns of tokens and positions; 0 off the map, and everywhere if
+    the peak is infinite."""
+    ys, xs = tokens
+    rows, cols = positions
     peak, top = tl.load(peaks), tl.load(tops)
     found = load_plane(scores, ys, xs, size[0], size[1], score_strides, float("-inf"))
     logs = load_plane(lse, rows, cols, out_size[0], out_size[1], lse_strides, float("inf"))
@@ -118,10 +121,8 @@ def toeplitz_table_kernel(
                 own_lse + q * HEADS,
                 peaks + (tile * QUERIES + q) * HEADS + head,
                 tops + q * HEADS + head,
-                rows - PADDING + ky,
-                xs,
-                rows,
-                cols,
+                (rows - PADDING + ky, xs),
+                (rows, cols),
                 size,
                 out_size,
                 score_strides,
@@ -157,10 +158,8 @@ def toeplitz_table_kernel(
                         own_lse + q * HEADS,
                         peaks + (tile * QUERIES + q) * HEADS + head,
                         tops + q * HEADS + head,
-                        ys,
-                        xs,
-                        some_rows,
-                        cols,
+                        (ys, xs),
+                        (some_rows, cols),
                         size,
                         out_size,
                         score_strides,
