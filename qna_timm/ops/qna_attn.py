@@ -44,8 +44,9 @@ class Problem:
         if impl not in ("auto", "depthwise", "fft", "exact"):
             raise ValueError(f"impl must be 'auto', 'depthwise', 'fft' or 'exact', got {impl!r}")
         self.scores, self.value, self.impl = scores, value, impl
+        self.on_cpu, self.is_backward = value.device.type == "cpu", backward
         self.least_fourier = FOURIER_OFFSETS
-        if not backward and value.device.type == "cpu":
+        if self.on_cpu and not backward:
             kind = torch.backends.cpu.get_cpu_capability()
             self.least_fourier = FOURIER_OFFSETS_FORWARD.get(kind, FOURIER_OFFSETS)
         self.windows = Windows(tuple(kernel_size), stride, padding)
@@ -62,7 +63,8 @@ class Problem:
     def _form(self, name: str) -> type[WindowSums]:
         if name == "fft":
             return FourierSums
-        return depthwise_sums(self.windows, self.value.device.type == "cpu")
+        pairs = self.table[1] * self.table[2]
+        return depthwise_sums(self.windows, pairs, self.on_cpu, self.is_backward)
 
     def why_not(self, name: str) -> str | None:
         """Why a form of sums is not the first that 'auto' tries."""

@@ -17,6 +17,8 @@ from qna_timm.ops.qna_windows import Windows
 
 # Offsets up to which PyTorch's gradient of a depthwise kernel is fast, and channels-last faster.
 FEW_OFFSETS = 9
+# The same without gradients of kernels, where the processor has convolutions for it.
+FEW_OFFSETS_FORWARD = {"AVX512": 49}
 # Pairs of query and head up to which one product with ones and zeros is a fast way to copy.
 FEW_PAIRS = 16
 # Offsets from which PyTorch's depthwise convolution is slow unless it is channels-last.
@@ -174,7 +176,9 @@ class PlanarSums(_Convolutions):
         return self.grid.table_grad(*transforms)
 
 
-def depthwise_sums(windows: Windows, on_cpu: bool) -> type[WindowSums]:
-    """The class whose layout is the faster one."""
-    few = windows.num_offsets <= FEW_OFFSETS
-    return ChannelsLastSums if few and on_cpu else PlanarSums
+def depthwise_sums(windows: Windows, pairs: int, on_cpu: bool, backward: bool) -> type[WindowSums]:
+    """The class whose layout is the faster one, for as many pairs of query and head."""
+    few = FEW_OFFSETS
+    if on_cpu and not backward and pairs <= FEW_PAIRS:
+        few = FEW_OFFSETS_FORWARD.get(torch.backends.cpu.get_cpu_capability(), few)
+    return ChannelsLastSums if on_cpu and windows.num_offsets <= few else PlanarSums
