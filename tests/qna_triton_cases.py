@@ -85,9 +85,9 @@ def run(tensors: list[Tensor | None], args: tuple, direction: Tensor) -> list[Te
     """Output and every gradient of the kernels, on CPU."""
     inputs = [None if x is None else x.to(DEVICE) for x in tensors]
     assert qna_triton.unsupported(*inputs, *args) is None
-    out, lse = qna_triton.forward(*inputs, *args)
+    out, stats = qna_triton.forward(*inputs, *args)
     grad = direction.to(DEVICE, out.dtype)
-    grads = qna_triton.backward(grad, *inputs, out, lse, *args)
+    grads = qna_triton.backward(grad, *inputs, stats, *args)
     assert all((x is None) == (g is None) for x, g in zip(inputs, grads, strict=True))
     for x, g in zip(inputs, grads, strict=True):
         assert x is None or (g.shape == x.shape and g.dtype == x.dtype and g.is_contiguous())
@@ -108,14 +108,19 @@ def direction_of(tensors: list[Tensor | None], args: tuple) -> Tensor:
     return torch.randn(out.shape, generator=gen, dtype=torch.float64)
 
 
-def compare(tensors: list[Tensor | None], args: tuple, limits: tuple[float, float]) -> None:
-    """Output by its maximum, gradients by their norm; what is nothing, to 1e-6."""
+def compare(
+    tensors: list[Tensor | None],
+    args: tuple,
+    limits: tuple[float, float],
+    nothing: float = 1e-6,
+) -> None:
+    """Output by its maximum, gradients by their norm; what is nothing, to `nothing`."""
     direction = direction_of(tensors, args)
     found = run(to(tensors, torch.float32), args, direction)
     wanted = expect(to(tensors, torch.float32), args, direction)
     assert (found[0].double() - wanted[0]).abs().max() <= limits[0] * wanted[0].abs().max()
     for f, w in zip(found[1:], wanted[1:], strict=True):
-        assert (f.double() - w).norm() <= limits[1] * w.norm() + 1e-6
+        assert (f.double() - w).norm() <= limits[1] * w.norm() + nothing
 
 
 @pytest.mark.parametrize(
@@ -170,15 +175,37 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_large_scores(scale: float, form: None) -> None:
     tensors, args = make_inputs("small-map")
     tower(tensors, scale)
-    compare(tensors, args, (1e-4, 1e-3))
+    compare(tensors, args, (1e-4, 1e-3), 1e-8 if scale == 1e4 else 1e-6)
 
 
-@pytest.mark.parametrize(("offset", "spread"), [(0.0, 1e3), (-1e4, 1.0)])
+@pytest.mark.parametrize("tables", ["both", "no-bias", "no-weight"])
+def test_one_token_has_all_the_weight(tables: str, form: None) -> None:
+    """Of every window, at scores of 1e4: the gradients of scores and bias are nothing."""
+    tensors, args = make_inputs("small-map", tables, batch=1)
+    gen = torch.Generator().manual_seed(2)
+    steps = torch.linspace(-1e4, 1e4, 20, dtype=torch.float64)
+    order = torch.stack([torch.randperm(20, generator=gen) for _ in range(2)], dim=1)
+    tensors[0] = steps[order].view(1, 4, 5, 2, 1).float().double()
+    # small integers, so that no sum or product is rounded
+    tensors[1] = (2 * tensors[1]).round()
+    tensors[3] = None if tensors[3] is None else (2 * tensors[3]).round()
+    direction = (2 * direction_of(tensors, args)).round()
+    found = run(to(tensors, torch.float32), args, direction)
+    wanted = expect(tensors, args, direction)
+    assert (found[0].double() - wanted[0]).abs().max() <= 1e-6
+    of_scores, of_value, *others = zip(found[1:], wanted[1:], strict=True)
+    assert of_scores[0].norm() <= 1e-8
+    if tensors[2] is not None:
+        assert others[0][0].norm() <= 1e-8
+    assert (of_value[0].double() - of_value[1]).norm() <= 1e-6 * of_value[1].norm()
+
+
+@pytest.mark.parametrize(("offset", "spread"), [(0.0, 1e3), (-1e4, 1.0), (-1e4, 1e3)])
 def test_wide_bias_and_common_offset(offset: float, spread: float, form: None) -> None:
     tensors, args = make_inputs("small-map", batch=1)
     tensors[0] = (tensors[0] + offset).float().double()
     tensors[2] = (tensors[2] * spread).float().double()
-    compare(tensors, args, (1e-4, 1e-3))
+    compare(tensors, args, (1e-4, 1e-3), 1e-6 if spread == 1e3 else 1e-8)
 
 
 def test_not_a_number_stays_where_it_is(form: None) -> None:

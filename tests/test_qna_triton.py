@@ -44,8 +44,8 @@ def test_kernels_compile(dtype: torch.dtype, kernel_size: int, capability: int) 
     window = ((kernel_size, kernel_size), 1, kernel_size // 2)
 
     def call() -> None:
-        out, lse = qna_triton.forward(*args, *window)
-        qna_triton.backward(out, *args, out, lse, *window)
+        out, stats = qna_triton.forward(*args, *window)
+        qna_triton.backward(out, *args, stats, *window)
 
     launches = record_launches(qna_triton, call)
     names = [launch.kernel.__name__ for launch in launches]

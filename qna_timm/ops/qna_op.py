@@ -31,11 +31,11 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(
-    grad: Tensor, lse: Tensor | None, *args: Any
+    grad: Tensor, stats: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if args[-1] != "triton":
         return qna_attn.backward(grad, *args)
-    grads = _triton().backward(grad, *args[:4], None, lse, *args[4:-1])
+    grads = _triton().backward(grad, *args[:4], stats, *args[4:-1])
     scores, kernel_size = args[0], args[4]
     empty = scores.new_zeros(kernel_size[0] * kernel_size[1], *scores.shape[3:])
     return tuple(empty if x is None else x for x in grads)
@@ -62,13 +62,13 @@ def _fake_forward(
         for side, kernel in zip(scores.shape[1:3], kernel_size, strict=True)
     )
     shape = (value.shape[0], rows, cols)
-    lse = (*shape, *scores.shape[3:]) if impl == "triton" else (0,)
-    return value.new_empty(*shape, value.shape[3]), scores.new_empty(lse)
+    stats = (2, *shape, *scores.shape[3:]) if impl == "triton" else (0,)
+    return value.new_empty(*shape, value.shape[3]), scores.new_empty(stats)
 
 
 def _fake_backward(
     grad: Tensor,
-    lse: Any,
+    stats: Any,
     scores: Tensor,
     value: Tensor,
     rel_pos_bias: Any,
@@ -85,7 +85,7 @@ def _fake_backward(
 
 register_operator(f"qna_attention({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
 register_operator(
-    f"qna_attention_backward(Tensor grad, Tensor? lse, {_ARGUMENTS}) -> "
+    f"qna_attention_backward(Tensor grad, Tensor? stats, {_ARGUMENTS}) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
@@ -104,7 +104,7 @@ def _flops(scores: torch.Size, value: torch.Size, *rest: Any, out_shape: tuple, 
 
 @register_flop_formula(torch.ops.qna_timm.qna_attention_backward)
 def _backward_flops(
-    grad: torch.Size, lse: Any, scores: torch.Size, value: torch.Size, *rest: Any, **_: Any
+    grad: torch.Size, stats: Any, scores: torch.Size, value: torch.Size, *rest: Any, **_: Any
 ) -> int:
     """Both sums anew, their transposes, and the gradients of their tables."""
     return 3 * _window_flops(scores, value, rest[2]) * grad[:3].numel()

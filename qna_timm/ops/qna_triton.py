@@ -74,20 +74,22 @@ def forward(
     """Learned-query attention in one kernel; arguments as in `qna_attention`, scores float32.
 
     Returns:
-        out [B, Y, X, C] in value's dtype, and lse [B, Y, X, Q, h] float32, the logarithm of the
-        softmax's denominator: log sum_o exp(score + rel_pos_bias[o]) over the window.
+        out [B, Y, X, C] in value's dtype, and stats [2, B, Y, X, Q, h] float32 of the softmax: a
+        shift, the largest score of the window or of its tile, and the logarithm
+        log sum_o exp(score - shift + rel_pos_bias[o]) over the window. They stay apart: at scores
+        of 1e4 a float32 sum would keep three decimals.
     """
     problem = Problem(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
     shape = (problem.batch, *problem.out_size)
     out = torch.empty(*shape, value.shape[3], dtype=value.dtype, device=value.device)
-    lse = torch.empty(*shape, *scores.shape[3:], dtype=torch.float32, device=value.device)
-    maps = (problem.scores, problem.value, problem.bias, problem.weight, out, lse)
+    stats = torch.empty(2, *shape, *scores.shape[3:], dtype=torch.float32, device=value.device)
+    maps = (problem.scores, problem.value, problem.bias, problem.weight, out, *stats)
     if problem.takes_tensor_cores():
         args = (*maps, *problem.bands())
         problem.launch_products(toeplitz_kernel, problem.out_size, args, problem.strides)
     else:
         problem.launch(forward_kernel, problem.out_size, maps, problem.strides)
-    return out, lse
+    return out, stats
 
 
 def backward(
@@ -96,8 +98,7 @@ def backward(
     value: Tensor,
     rel_pos_bias: Tensor | None,
     query_weight: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor,
+    stats: Tensor,
     kernel_size: tuple[int, int],
     stride: int,
     padding: int,
@@ -108,18 +109,19 @@ def backward(
 
     Args:
         grad: Gradient of out, [B, Y, X, C].
-        out: Not read, may be None: what is needed are the outputs of single queries.
-        lse: As `forward` returned it.
+        stats: As `forward` returned them.
     """
     problem = Problem(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
-    grad, lse = addressable(grad), lse.contiguous()
+    grad, stats = addressable(grad), stats.contiguous()
     strides = (grad.stride()[:3], *problem.strides)
-    maps = (grad, problem.scores, problem.value, problem.bias, problem.weight, lse)
+    maps = (grad, problem.scores, problem.value, problem.bias, problem.weight, *stats)
     if problem.takes_tensor_cores():
-        delta, peaks, grad_scores, grad_value = _gradients_of_products(problem, maps, strides)
+        delta, peaks, grad_scores, grad_value = _gradients_of_products(
+            problem, maps, stats, strides
+        )
     else:
         peaks = None
-        delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
+        delta = torch.empty(stats.shape[1:], dtype=torch.float32, device=value.device)
         problem.launch(delta_kernel, problem.out_size, (*maps, delta), strides)
         grad_scores = torch.empty(scores.shape, dtype=torch.float32, device=value.device)
         grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
@@ -128,9 +130,9 @@ def backward(
     if problem.bias is None and problem.weight is None:
         return grad_scores, grad_value, None, None
 
-    sums = _table_sums(problem, grad, lse, delta, peaks)
+    sums = _table_sums(problem, grad, stats, delta, peaks)
     if peaks is not None:
-        sums += _table_sums_of_products(problem, grad, lse, delta, peaks)
+        sums += _table_sums_of_products(problem, grad, stats, delta, peaks)
     products, means = sums.unbind(0)
     grad_bias, grad_weight = None, None
     if problem.bias is not None:
@@ -141,13 +143,16 @@ def backward(
 
 
 def _gradients_of_products(
-    problem: Problem, maps: tuple[Tensor | None, ...], strides: tuple[tuple[int, ...], ...]
+    problem: Problem,
+    maps: tuple[Tensor | None, ...],
+    stats: Tensor,
+    strides: tuple[tuple[int, ...], ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """delta, the peaks of tiles, and gradients of scores and values, on tensor cores."""
-    scores, value, lse = problem.scores, problem.value, maps[-1]
+    scores, value = problem.scores, problem.value
     options = {"dtype": torch.float32, "device": value.device}
     # parts of a head's channels have their sums apart
-    delta = torch.empty(problem.parts, *lse.shape, **options)
+    delta = torch.empty(problem.parts, *stats.shape[1:], **options)
     numerators, denominators, _ = problem.bands()
     tiles = problem.product_tiles(problem.out_size)
     num_tiles = problem.batch * tiles[0] * tiles[1]
@@ -158,7 +163,7 @@ def _gradients_of_products(
     grad_scores = torch.empty(problem.parts, *scores.shape, **options)
     grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     args = (*maps, delta, grad_scores, grad_value, *problem.bands(transposed=True))
-    strides = (*strides, lse.stride()[:3])
+    strides = (*strides, stats.stride()[1:4])
     problem.launch_products(
         toeplitz_token_kernel, problem.size, args, strides, grad_scores.stride(0)
     )
@@ -171,7 +176,7 @@ def _whole(parts: Tensor) -> Tensor:
 
 
 def _table_sums_of_products(
-    problem: Problem, grad: Tensor, lse: Tensor, delta: Tensor, peaks: Tensor
+    problem: Problem, grad: Tensor, stats: Tensor, delta: Tensor, peaks: Tensor
 ) -> Tensor:
     """`_table_sums` on tensor cores, over the tiles of finite peaks."""
     kernel_h, kernel_w = problem.constants["KERNEL_H"], problem.constants["KERNEL_W"]
@@ -186,14 +191,14 @@ def _table_sums_of_products(
     if programs > 0:
         with on(grad.device):
             toeplitz_table_kernel[(programs, *others)](
-                *(grad, problem.scores, problem.value, lse, delta, peaks, tops, part),
+                *(grad, problem.scores, problem.value, *stats, delta, peaks, tops, part),
                 problem.size,
                 problem.out_size,
                 tiles,
                 num_tiles,
                 grad.stride()[:3],
                 *problem.strides,
-                lse.stride()[:3],
+                stats.stride()[1:4],
                 **problem.constants,
                 TILE_H=tile[0],
                 TILE_W=tile[1],
@@ -208,7 +213,7 @@ def _table_sums_of_products(
 
 
 def _table_sums(
-    problem: Problem, grad: Tensor, lse: Tensor, delta: Tensor, peaks: Tensor | None
+    problem: Problem, grad: Tensor, stats: Tensor, delta: Tensor, peaks: Tensor | None
 ) -> Tensor:
     """Sums of attn <grad, value> and of attn delta over all positions, [2, K, Q, h]; with the
     peaks of tiles, over those where they are infinite."""
@@ -225,7 +230,7 @@ def _table_sums(
     if programs > 0:
         with on(grad.device):
             table_kernel[(programs, *others)](
-                *(grad, problem.scores, problem.value, problem.bias, lse, delta),
+                *(grad, problem.scores, problem.value, problem.bias, *stats, delta),
                 *(peaks, is_any_left, part),
                 problem.size,
                 problem.out_size,

@@ -1,7 +1,7 @@
 """Triton kernels of the gradients of scores and values; read `qna_triton_kernels.py` first.
 
-With attn_o = exp(score + bias_o - lse), recomputed wherever it is needed, and delta = <grad, out of
-one query>:
+With attn_o = exp((score - shift) + (bias_o - log)), recomputed wherever it is needed from the
+shift and the log that the forward kernel left, and delta = <grad, out of one query>:
 
     grad_value = sum_q sum_o attn_o weight_o grad        over the windows that see the token
     grad_score = sum_o attn_o (weight_o <grad, value> - delta)
@@ -27,7 +27,8 @@ def take_delta(
     value,
     bias,
     weight,
-    lse,
+    shifts,
+    logs,
     delta,
     place,
     block,
@@ -58,9 +59,10 @@ def take_delta(
     grads = load_channels(grad, places, on_map, channels, has_channel)
     out_places = ((image * out_size[0] + rows) * out_size[1] + cols) * (QUERIES * HEADS)
 
-    logs, totals, deltas = (), (), ()
+    own_shifts, own_logs, totals, deltas = (), (), (), ()
     for q in tl.static_range(QUERIES):
-        logs += (load_heads(lse + q * HEADS, out_places, on_map, heads, 0.0),)
+        own_shifts += (load_heads(shifts + q * HEADS, out_places, on_map, heads, 0.0),)
+        own_logs += (load_heads(logs + q * HEADS, out_places, on_map, heads, 0.0),)
         totals += (tl.zeros((P, BH), tl.float32),)
         deltas += (tl.zeros((P, BH), tl.float32),)
     for ky in range(KERNEL_H):
@@ -77,13 +79,13 @@ def take_delta(
             for q in tl.static_range(QUERIES):
                 score = load_heads(scores + q * HEADS, places, inside, heads, float("-inf"))
                 added = load_table(bias, row, q * HEADS, heads, 0.0)
-                attn = tl.exp((score - logs[q]) + added)
+                attn = tl.exp((score - own_shifts[q]) + (added - own_logs[q]))
                 new_totals += (totals[q] + attn,)
                 attn *= load_table(weight, offset * weight_step, q * HEADS, heads, 1.0)
                 new_deltas += (deltas[q] + attn * slopes,)
             totals, deltas = new_totals, new_deltas
 
-    # At scores of 1e4, lse is good to three decimals and attn off by a factor. It must not be left
+    # At biases of 1e3 the log is good to four decimals, attn off by a factor. It must not be left
     # in delta: where one token has all the weight, <grad, value> - delta is next to nothing.
     for q in tl.static_range(QUERIES):
         mean = deltas[q] / totals[q]
@@ -97,7 +99,8 @@ def delta_kernel(
     value,
     bias,
     weight,
-    lse,
+    shifts,
+    logs,
     delta,
     size,
     out_size,
@@ -127,7 +130,8 @@ def delta_kernel(
         value,
         bias,
         weight,
-        lse,
+        shifts,
+        logs,
         delta,
         place,
         block,
@@ -154,7 +158,8 @@ def collect(
     value,
     bias,
     weight,
-    lse,
+    shifts,
+    logs,
     delta,
     grad_scores,
     grad_value,
@@ -212,10 +217,11 @@ def collect(
             weights = tl.zeros((P, BH), tl.float32)
             new_slopes = ()
             for q in tl.static_range(QUERIES):
-                log = load_heads(lse + q * HEADS, places, seen, heads, float("inf"))
+                shift = load_heads(shifts + q * HEADS, places, seen, heads, 0.0)
+                log = load_heads(logs + q * HEADS, places, seen, heads, float("inf"))
                 mean = load_heads(delta + q * HEADS, places, seen, heads, 0.0)
                 added = load_table(bias, row, q * HEADS, heads, 0.0)
-                attn = tl.exp((own_scores[q] - log) + added)
+                attn = tl.exp((own_scores[q] - shift) + (added - log))
                 scale = load_table(weight, offset * weight_step, q * HEADS, heads, 1.0)
                 weights += attn * scale
                 new_slopes += (slopes[q] + attn * (scale * products - share * mean),)
@@ -240,7 +246,8 @@ def token_kernel(
     value,
     bias,
     weight,
-    lse,
+    shifts,
+    logs,
     delta,
     grad_scores,
     grad_value,
@@ -272,7 +279,8 @@ def token_kernel(
         value,
         bias,
         weight,
-        lse,
+        shifts,
+        logs,
         delta,
         grad_scores,
         grad_value,

@@ -13,6 +13,9 @@ has `weight_step` 0. No bias is 0, no weight is 1.
 import triton
 import triton.language as tl
 
+# Below any score: float32's smallest number, as differences of -inf would not be numbers.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
 
 @triton.jit
 def tile_positions(tile, tiles, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
@@ -79,7 +82,8 @@ def attend(
     bias,
     weight,
     out,
-    lse,
+    shifts,
+    logs,
     place,
     block,
     size,
@@ -95,7 +99,7 @@ def attend(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """out and lse at positions [P] of an image, for a block of heads.
+    """out, shifts and logs at positions [P] of an image, for a block of heads.
 
     A first walk over the window finds its maximum, a second one takes all sums.
     """
@@ -109,11 +113,12 @@ def attend(
     value += image * value_strides[0]
     top, left = rows * STRIDE - PADDING, cols * STRIDE - PADDING
 
-    # Per query: the window's largest score, and its largest score + bias. The first is taken off
-    # before the bias is added: at scores of 1e4 a float32 sum keeps three decimals of the bias.
+    # Per query: the window's largest score, and its largest score + bias relative to that. The
+    # score's maximum is taken off before the bias is added: at scores of 1e4 a float32 sum keeps
+    # three decimals of the bias. So a token that has all the weight has one of exactly 1.
     peaks, tops = (), ()
     for _ in tl.static_range(QUERIES):
-        peaks += (tl.full((P, BH), float("-inf"), tl.float32),)
+        peaks += (tl.full((P, BH), LOWEST, tl.float32),)
         tops += (tl.full((P, BH), float("-inf"), tl.float32),)
     for ky in range(KERNEL_H):
         for kx in range(KERNEL_W):
@@ -124,9 +129,10 @@ def attend(
             new_peaks, new_tops = (), ()
             for q in tl.static_range(QUERIES):
                 score = load_heads(scores + q * HEADS, places, inside, heads, float("-inf"))
-                raised = score + load_table(bias, row, q * HEADS, heads, 0.0)
-                new_peaks += (tl.maximum(peaks[q], score),)
-                new_tops += (tl.maximum(tops[q], raised),)
+                peak = tl.maximum(peaks[q], score)
+                raised = (score - peak) + load_table(bias, row, q * HEADS, heads, 0.0)
+                new_peaks += (peak,)
+                new_tops += (tl.maximum(tops[q] - (peak - peaks[q]), raised),)
             peaks, tops = new_peaks, new_tops
 
     totals, sums = (), ()
@@ -146,7 +152,7 @@ def attend(
             for q in tl.static_range(QUERIES):
                 score = load_heads(scores + q * HEADS, places, inside, heads, float("-inf"))
                 added = load_table(bias, row, q * HEADS, heads, 0.0)
-                attn = tl.exp((score - peaks[q]) + (added - (tops[q] - peaks[q])))
+                attn = tl.exp((score - peaks[q]) + (added - tops[q]))
                 new_totals += (totals[q] + attn,)
                 attn *= load_table(weight, offset * weight_step, q * HEADS, heads, 1.0)
                 new_sums += (sums[q] + attn[:, :, None] * values,)
@@ -156,9 +162,9 @@ def attend(
     result = tl.zeros((P, BH, BD), tl.float32)
     for q in tl.static_range(QUERIES):
         result += sums[q] / totals[q][:, :, None]
-        log = peaks[q] + ((tops[q] - peaks[q]) + tl.log(totals[q]))
         row = (places * QUERIES + q) * HEADS
-        store_heads(lse, row, on_map, heads, has_head, log)
+        store_heads(shifts, row, on_map, heads, has_head, peaks[q])
+        store_heads(logs, row, on_map, heads, has_head, tops[q] + tl.log(totals[q]))
     tl.store(
         out + places[:, None, None] * (HEADS * HEAD_DIM) + channels[None, :, :],
         result,
@@ -173,7 +179,8 @@ def forward_kernel(
     bias,
     weight,
     out,
-    lse,
+    shifts,
+    logs,
     size,
     out_size,
     tiles,
@@ -192,8 +199,8 @@ def forward_kernel(
     BH: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """out = sum_q sum_o softmax_o(score + bias) weight value, and lse, the logarithm of the
-    softmax's denominator."""
+    """out = sum_q sum_o softmax_o(score + bias) weight value, and of the softmax's denominator
+    exp(shift + log) both parts: shift is the window's largest score."""
     place = tile_positions(tl.program_id(0), tiles, TILE_H, TILE_W)
     block = head_block(tl.program_id(1), HEADS, HEAD_DIM, BH, BD)
     attend(
@@ -202,7 +209,8 @@ def forward_kernel(
         bias,
         weight,
         out,
-        lse,
+        shifts,
+        logs,
         place,
         block,
         size,

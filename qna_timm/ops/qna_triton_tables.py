@@ -22,7 +22,8 @@ def table_kernel(
     scores,
     value,
     bias,
-    lse,
+    shifts,
+    logs,
     delta,
     peaks,
     is_any_left,
@@ -84,10 +85,11 @@ def table_kernel(
         places = image * grad_strides[0] + rows.to(tl.int64) * grad_strides[1]
         places += cols * grad_strides[2]
         grads = load_channels(grad, places, on_map, channels, has_channel)
-        logs, deltas = (), ()
+        own_shifts, own_logs, deltas = (), (), ()
         out_places = ((image * out_size[0] + rows) * out_size[1] + cols) * (QUERIES * HEADS)
         for q in tl.static_range(QUERIES):
-            logs += (load_heads(lse + q * HEADS, out_places, on_map, heads, 0.0),)
+            own_shifts += (load_heads(shifts + q * HEADS, out_places, on_map, heads, 0.0),)
+            own_logs += (load_heads(logs + q * HEADS, out_places, on_map, heads, 0.0),)
             deltas += (load_heads(delta + q * HEADS, out_places, on_map, heads, 0.0),)
         y, left = rows * STRIDE - PADDING + ky, cols * STRIDE - PADDING + first
         end = tl.minimum(cols * STRIDE - PADDING + KERNEL_W, size[1])
@@ -107,7 +109,7 @@ def table_kernel(
             for q in tl.static_range(QUERIES):
                 score = load_heads(scores + q * HEADS, places, inside, heads, float("-inf"))
                 added = load_table(bias, row, q * HEADS, heads, 0.0)
-                attn = tl.exp((score - logs[q]) + added) * left_over
+                attn = tl.exp((score - own_shifts[q]) + (added - own_logs[q])) * left_over
                 new_products += (products[i * QUERIES + q] + attn * slopes,)
                 new_means += (means[i * QUERIES + q] + attn * deltas[q],)
         products, means = new_products, new_means

@@ -69,6 +69,7 @@ def place_of_tile(tiles, HEAD_DIM: tl.constexpr, TILE_H, TILE_W, BD: tl.constexp
 @triton.jit
 def window_sums(
     levels,
+    more,
     scalars,
     vectors,
     numerators,
@@ -93,9 +94,9 @@ def window_sums(
     LOW_PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """For every query, over the windows of a tile and with e = exp(SIGN * level - peak):
+    """For every query, over the windows of a tile and with e = exp((SIGN * level - peak) - more):
 
-        peak, the largest SIGN * level of the tile and its halo,
+        peak, the largest SIGN * level - more of the tile and its halo,
         sums of e vector [TILE_H * BD, TILE_W] and of e scalar [TILE_H, TILE_W]
 
     `tile` is its first row and column, a head, and BD of that head's channels. Pointers of maps are
@@ -120,6 +121,8 @@ def window_sums(
             for chunk in range(start, stop):
                 xs = tokens + chunk * CHUNK
                 found = load_levels(levels + q * HEADS, rows + ky, xs, size, level_strides, SIGN)
+                if more is not None:
+                    found += load_levels(more + q * HEADS, rows + ky, xs, size, level_strides, -1)
                 highest = tl.maximum(highest, found)
         peaks += (tl.max(tl.max(highest, axis=1), axis=0),)
 
@@ -141,7 +144,11 @@ def window_sums(
             new_sums, new_totals = (), ()
             for q in tl.static_range(QUERIES):
                 found = load_levels(levels + q * HEADS, ys, xs, size, level_strides, SIGN)
-                terms = tl.exp(found - peaks[q])
+                # the peak goes before the rest comes: numbers of 1e4 keep their difference exactly
+                terms = found - peaks[q]
+                if more is not None:
+                    terms += load_levels(more + q * HEADS, ys, xs, size, level_strides, -1)
+                terms = tl.exp(terms)
                 entry = ((q * HEADS + head) * KERNEL_H + ky) * TOKENS + token
                 band = load_band(numerators, entry, TILE_W)
                 weighted = (terms[:, :, None] * found_vectors).reshape(CHUNK, TILE_H * BD)
@@ -176,7 +183,8 @@ def toeplitz_kernel(
     bias,
     weight,
     out,
-    lse,
+    shifts,
+    logs,
     numerators,
     denominators,
     tops,
@@ -201,13 +209,14 @@ def toeplitz_kernel(
     LOW_PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """out and lse of a tile, for a head and BD of its channels; bands are relative to the largest
-    biases, `tops` [Q, h]."""
+    """out, shifts and logs of a tile, for a head and BD of its channels; bands are relative to the
+    largest biases, `tops` [Q, h]."""
     image, first_row, first_col, head, part = place_of_tile(tiles, HEAD_DIM, TILE_H, TILE_W, BD)
     rows, cols = first_row + tl.arange(0, TILE_H), first_col + tl.arange(0, TILE_W)
     dims = part * BD + tl.arange(0, BD)
     peaks, sums, totals = window_sums(
         scores + image * score_strides[0] + head,
+        None,
         None,
         value + image * value_strides[0] + head * HEAD_DIM,
         numerators,
@@ -244,8 +253,10 @@ def toeplitz_kernel(
         places = (image * out_size[0] + rows[:, None]) * out_size[1] + cols[None, :]
         mask = on_map & (part + tl.zeros((TILE_H, TILE_W), tl.int32) == 0)
         for q in tl.static_range(QUERIES):
-            log = peaks[q] + (tl.load(tops + q * HEADS + head) + tl.log(totals[q]))
-            tl.store(lse + (places * QUERIES + q) * HEADS + head, log, mask=mask)
+            log = tl.load(tops + q * HEADS + head) + tl.log(totals[q])
+            own_places = (places * QUERIES + q) * HEADS + head
+            tl.store(shifts + own_places, peaks[q] + tl.zeros_like(log), mask=mask)
+            tl.store(logs + own_places, log, mask=mask)
         places = places[:, None, :] * (HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :, None]
         tl.store(out + places, result, mask=on_map[:, None, :] & (dims < HEAD_DIM)[None, :, None])
     else:
@@ -259,7 +270,8 @@ def toeplitz_kernel(
                 bias,
                 weight,
                 out,
-                lse,
+                shifts,
+                logs,
                 (image, row + tl.zeros((TILE_W,), tl.int32), cols),
                 block,
                 size,

@@ -1,9 +1,10 @@
 """Triton kernels of gradients on tensor cores; read `qna_triton_toeplitz.py` first.
 
 For the windows that see a token, the Toeplitz products run over output positions p, with tables
-upside down and back to front, and levels -lse in place of scores:
+upside down and back to front, and -shift - log in place of scores:
 
-    u = sum_p exp(bias) weight exp(-lse_p - peak) grad_p,  v = sum_p exp(bias) exp(...) delta_p
+    u = sum_p exp(bias) weight e_p grad_p,  v = sum_p exp(bias) e_p delta_p
+    e_p = exp((-shift_p - peak) - log_p)
     grad_value = sum_q g u,  grad_score = g (<u, value> - v),  g = exp(score + peak)
 
 A tile where g is out of the range that float32 holds beside the smallest of the other factors is
@@ -36,7 +37,8 @@ def toeplitz_delta_kernel(
     value,
     bias,
     weight,
-    lse,
+    shifts,
+    logs,
     delta,
     peaks,
     numerators,
@@ -72,6 +74,7 @@ def toeplitz_delta_kernel(
     delta += part.to(tl.int64) * part_step
     own_peaks, sums, totals = window_sums(
         scores + image * score_strides[0] + head,
+        None,
         None,
         value + image * value_strides[0] + head * HEAD_DIM,
         numerators,
@@ -125,7 +128,8 @@ def toeplitz_delta_kernel(
                 value,
                 bias,
                 weight,
-                lse,
+                shifts,
+                logs,
                 delta,
                 (image, row + tl.zeros((TILE_W,), tl.int32), cols),
                 block,
@@ -152,7 +156,8 @@ def toeplitz_token_kernel(
     value,
     bias,
     weight,
-    lse,
+    shifts,
+    logs,
     delta,
     grad_scores,
     grad_value,
@@ -165,7 +170,7 @@ def toeplitz_token_kernel(
     grad_strides,
     score_strides,
     value_strides,
-    lse_strides,
+    stats_strides,
     weight_step,
     part_step,
     QUERIES: tl.constexpr,
@@ -189,14 +194,15 @@ def toeplitz_token_kernel(
     dims = part * BD + tl.arange(0, BD)
     grad_scores += part.to(tl.int64) * part_step
     peaks, sums, totals = window_sums(
-        lse + image * lse_strides[0] + head,
-        delta + image * lse_strides[0] + head,
+        shifts + image * stats_strides[0] + head,
+        logs + image * stats_strides[0] + head,
+        delta + image * stats_strides[0] + head,
         grad + image * grad_strides[0] + head * HEAD_DIM,
         numerators,
         denominators,
         (first_row, first_col, head, dims),
         out_size,
-        lse_strides,
+        stats_strides,
         grad_strides,
         -1,
         QUERIES,
@@ -251,7 +257,8 @@ def toeplitz_token_kernel(
                 value,
                 bias,
                 weight,
-                lse,
+                shifts,
+                logs,
                 delta,
                 grad_scores,
                 grad_value,

@@ -2,7 +2,8 @@
 
 For row ky of the window, tokens t and output columns c of a tile,
 
-    products[t, c] += sum_y exp(score[y + ky, t] - peak) exp(peak + top - lse[y, c]) <value, grad>
+    products[t, c] += sum_y exp(score[y + ky, t] - peak) f[y, c] <value, grad>,
+    f = exp((peak - shift) + (top - log))
 
 summed over all tiles, and the same with delta in place of <value, grad>. What belongs to offset kx
 lies on the diagonal t - c = kx, and lacks the factor exp(bias - top). Tiles of infinite peaks
@@ -45,18 +46,29 @@ def load_vectors(x, ys, xs, dims, height, width, strides, HEAD_DIM: tl.constexpr
 
 @triton.jit
 def exponentials(
-    scores, lse, peaks, tops, tokens, positions, size, out_size, score_strides, lse_strides
+    scores,
+    shifts,
+    logs,
+    peaks,
+    tops,
+    tokens,
+    positions,
+    size,
+    out_size,
+    score_strides,
+    stats_strides,
 ):
-    """exp(score - peak) [tokens, rows] and exp(peak + top - lse) [columns, rows] of an image, a
-    query and a head, at rows and columns of tokens and positions; 0 off the map, and everywhere if
-    the peak is infinite."""
+    """exp(score - peak) [tokens, rows] and exp((peak - shift) + (top - log)) [columns, rows] of an
+    image, a query and a head, at rows and columns of tokens and positions; 0 off the map, and
+    everywhere if the peak is infinite."""
     ys, xs = tokens
     rows, cols = positions
     peak, top = tl.load(peaks), tl.load(tops)
     found = load_plane(scores, ys, xs, size[0], size[1], score_strides, float("-inf"))
-    logs = load_plane(lse, rows, cols, out_size[0], out_size[1], lse_strides, float("inf"))
+    shift = load_plane(shifts, rows, cols, out_size[0], out_size[1], stats_strides, 0.0)
+    log = load_plane(logs, rows, cols, out_size[0], out_size[1], stats_strides, float("inf"))
     lowest = tl.where(peak < float("inf"), peak, float("-inf"))
-    return tl.exp(found - peak), tl.exp((lowest - logs) + top)
+    return tl.exp(found - peak), tl.exp((lowest - shift) + (top - log))
 
 
 @triton.jit
@@ -64,7 +76,8 @@ def toeplitz_table_kernel(
     grad,
     scores,
     value,
-    lse,
+    shifts,
+    logs,
     delta,
     peaks,
     tops,
@@ -76,7 +89,7 @@ def toeplitz_table_kernel(
     grad_strides,
     score_strides,
     value_strides,
-    lse_strides,
+    stats_strides,
     QUERIES: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -109,8 +122,9 @@ def toeplitz_table_kernel(
         first_col = tile % tiles[1] * TILE_W
         cols, xs = first_col + columns, first_col - PADDING + tokens
         own_scores = scores + image * score_strides[0] + head
-        own_lse = lse + image * lse_strides[0] + head
-        own_delta = delta + image * lse_strides[0] + head
+        own_shifts = shifts + image * stats_strides[0] + head
+        own_logs = logs + image * stats_strides[0] + head
+        own_delta = delta + image * stats_strides[0] + head
         own_value = value + image * value_strides[0] + head * HEAD_DIM
         own_grad = grad + image * grad_strides[0] + head * HEAD_DIM
         rows = first_row + tl.arange(0, TILE_H)
@@ -118,7 +132,8 @@ def toeplitz_table_kernel(
         for q in tl.static_range(QUERIES):
             terms, factors = exponentials(
                 own_scores + q * HEADS,
-                own_lse + q * HEADS,
+                own_shifts + q * HEADS,
+                own_logs + q * HEADS,
                 peaks + (tile * QUERIES + q) * HEADS + head,
                 tops + q * HEADS + head,
                 (rows - PADDING + ky, xs),
@@ -126,10 +141,10 @@ def toeplitz_table_kernel(
                 size,
                 out_size,
                 score_strides,
-                lse_strides,
+                stats_strides,
             )
             factors *= load_plane(
-                own_delta + q * HEADS, rows, cols, out_size[0], out_size[1], lse_strides, 0.0
+                own_delta + q * HEADS, rows, cols, out_size[0], out_size[1], stats_strides, 0.0
             )
             new_means += (correlate(terms, factors, means[q], LOW_PRECISION, INTERPRETED),)
         means = new_means
@@ -155,7 +170,8 @@ def toeplitz_table_kernel(
                 for q in tl.static_range(QUERIES):
                     some_terms, some_factors = exponentials(
                         own_scores + q * HEADS,
-                        own_lse + q * HEADS,
+                        own_shifts + q * HEADS,
+                        own_logs + q * HEADS,
                         peaks + (tile * QUERIES + q) * HEADS + head,
                         tops + q * HEADS + head,
                         (ys, xs),
@@ -163,7 +179,7 @@ def toeplitz_table_kernel(
                         size,
                         out_size,
                         score_strides,
-                        lse_strides,
+                        stats_strides,
                     )
                     a = (some_terms[:, :, None] * values).reshape(BLOCK, ROWS * BD)
                     b = (some_factors[:, :, None] * grads).reshape(TILE_W, ROWS * BD)
