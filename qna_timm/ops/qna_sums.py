@@ -30,7 +30,7 @@ from qna_timm.ops.workspace import Workspace
 SMALLEST_SUM = 1e-25
 # Range of scores up to which one maximum serves all maps at once; it is found faster than many.
 SHARED_RANGE = 30.0
-# What may be wrong of the output, as a part of its largest number, and of gradients, of their norm.
+# What may be wrong of the output, as a part of its largest number, and of gradients, of their norm;
 # both over the rounding of a number: 5e-5 and 5e-4 in float32.
 OUT_TOLERANCE = 420.0
 GRAD_TOLERANCE = 4200.0
@@ -262,5 +262,5 @@ def _total(terms: tuple[Tensor, ...], error: Tensor | float) -> Tensor | None:
 
 
 def _wide_norm(x: Tensor) -> Tensor:
-    """Norm of numbers whose squares float32 may not hold."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64)
+    """Norm of numbers whose squares float32 may not hold, as far as the device can."""
+    return torch.linalg.vector_norm(x, dtype=None if x.is_mps else torch.float64)
