@@ -42,6 +42,7 @@ from pathlib import Path
 import attention_layers
 import operator_forms
 import torch
+from arguments import device, odd, positive, seconds
 from figures import Point, draw_panels
 from measuring import Maker, Result, compare
 from problem import Problem
@@ -133,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--what", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--windows", type=int, nargs="+", default=[3, 7, 15, 31], help="odd")
+    parser.add_argument("--windows", type=odd, nargs="+", default=[3, 7, 15, 31], help="odd")
     parser.add_argument(
         "--modes", nargs="+", choices=operator_forms.MODES, default=list(operator_forms.MODES)
     )
@@ -141,21 +142,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--candidates", nargs="+", choices=every, help="those that suit the machine"
     )
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=56, help="height and width of maps")
-    parser.add_argument("--channels", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=8, help="of learned-query attention")
-    parser.add_argument("--peer-heads", type=int, default=4, help="of other layers")
-    parser.add_argument("--queries", type=int, default=2)
+    parser.add_argument("--batch", type=positive, default=8)
+    parser.add_argument("--size", type=positive, default=56, help="height and width of maps")
+    parser.add_argument("--channels", type=positive, default=64)
+    parser.add_argument("--heads", type=positive, default=8, help="of learned-query attention")
+    parser.add_argument("--peer-heads", type=positive, default=4, help="of other layers")
+    parser.add_argument("--queries", type=positive, default=2)
     parser.add_argument("--score-std", type=float, default=1.0, help="operator's random scores")
     parser.add_argument("--bias-std", type=float, default=0.2, help="operator's random bias")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", type=device, default="cpu")
+    parser.add_argument("--rounds", type=positive, default=15)
     parser.add_argument(
-        "--seconds", type=float, default=20.0, help="of a candidate's rounds, about"
+        "--seconds", type=seconds, default=20.0, help="of a candidate's rounds, about"
     )
-    parser.add_argument("--skip-after", type=float, default=60.0, help="seconds of a call")
+    parser.add_argument("--skip-after", type=seconds, default=60.0, help="seconds of a call")
     return parser
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import timm
 import torch
+from arguments import device, model, positive, whole
 from measuring import Timing, paired_ratio, quartiles, time_rounds
 from reporting import Row, quartile_text, run_benchmark
 from torch import Tensor, nn
@@ -194,18 +195,18 @@ def start_rows(rounds: int) -> list[Row]:
 def make_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=["qna_vit_tiny", "resnet18"])
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--starts", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--models", type=model, nargs="*", default=["qna_vit_tiny", "resnet18"])
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--rounds", type=positive, default=20)
+    parser.add_argument("--starts", type=whole, default=3)
+    parser.add_argument("--device", type=device, default="cpu")
     return parser
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
     """Rows of each model's step, then of starts."""
-    for model in args.models:
-        yield step_rows(model, args)
+    for name in args.models:
+        yield step_rows(name, args)
     if args.starts:
         yield start_rows(args.starts)
 

@@ -9,9 +9,7 @@ import csv
 import os
 import platform
 import re
-import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import parse_arguments
 from measuring import Call, Result, Timing, paired_ratio, quartiles
 from torch.profiler import ProfilerActivity, profile
 
@@ -28,31 +27,6 @@ PACKAGES = ("torch", "timm", "qna_timm", "triton", "natten")
 VARIABLES = r"OMP_|MKL_|KMP_|GOMP_|ONEDNN_|DNNL_|MALLOC_|LD_PRELOAD|TORCH|PYTORCH_|CUDA_|TRITON_"
 
 Row = Mapping[str, Any]
-
-
-def parse_arguments(
-    parser: argparse.ArgumentParser,
-    quick: Mapping[str, Any],
-    argv: Sequence[str] | None = None,
-) -> argparse.Namespace:
-    """Parses, with the flags that all benchmarks have.
-
-    Args:
-        parser: Of a script, with --rounds and --device if it has use for them.
-        quick: Defaults under --quick.
-        argv: Words of the command line, `sys.argv`'s if None.
-    """
-    parser.add_argument("--threads", type=int, help="as OMP_NUM_THREADS says if not given")
-    parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
-    parser.add_argument("--out", type=Path, help="CSV file to write; figures go beside it")
-    argv = sys.argv[1:] if argv is None else argv
-    if "--quick" in argv:
-        parser.set_defaults(**quick)
-    args = parser.parse_args(argv)
-    args.command = shlex.join(["python", f"benchmarks/{Path(parser.prog).name}", *argv])
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return args
 
 
 def _processor() -> str:
@@ -297,9 +271,7 @@ def run_benchmark(
         report: Prints tables of all rows and draws figures of them beside the file, if any; with
             it comes --read.
     """
-    if report:
-        parser.add_argument("--read", type=Path, help="report a CSV file, measure nothing")
-    args = parse_arguments(parser, quick, argv)
+    args = parse_arguments(parser, quick, argv, readable=report is not None)
     rows: list[Row] = []
     if report and args.read:
         rows[:], header = read_csv(args.read)

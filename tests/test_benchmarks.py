@@ -257,3 +257,29 @@ def test_bench_protection(tmp_path: Path) -> None:
         "state of test_vit",
     ]
     assert all(float(row["ms"]) > 0 for row in rows)
+
+
+WRONG = (
+    ("bench_ops", "--windows 4", "an odd number, found '4'"),
+    ("bench_ops", "--windows -3", "a whole number from 1 on, found '-3'"),
+    ("bench_ops", "--read nothing.csv", "cannot read 'nothing.csv': No such file"),
+    ("bench_ops", f"--read {__file__}", "no benchmark's CSV file"),
+    ("bench_ops", "--out /proc/x/y.csv", "cannot write '/proc/x/y.csv'"),
+    ("bench_ops", "--device nowhere", "no device 'nowhere'"),
+    ("bench_models", "--models qna_vit_tny", "did you mean 'qna_vit_tiny'"),
+    ("bench_models", "--seconds 0", "a number of seconds above 0, found '0'"),
+    ("bench_span", "--kernels 6", "an odd number, found '6'"),
+    ("bench_gramian", "--batches 0", "a whole number from 1 on, found '0'"),
+    ("bench_step", "--model qna_vit_tny", "did you mean 'qna_vit_tiny'"),
+    ("bench_protection", "--starts -1", "a whole number from 0 on, found '-1'"),
+)
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), WRONG)
+def test_bad_flags_are_told_in_a_line(
+    script: str, flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        importlib.import_module(script).main(flags.split())
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
