@@ -2,15 +2,19 @@
 """What exact resume and watching for faults cost: a training step with and without, and a start.
 
     python benchmarks/bench_protection.py [--models qna_vit_tiny resnet18] [--batch-size 8] \\
-        [--rounds 20] [--out benchmarks/results/NAME.csv]
+        [--rounds 100] [--out benchmarks/results/NAME.csv]
 
-Steps of one process, float32, the optimizer's included, taken in turns (ratios of wall time and of
-processor time are medians over neighbours): `with` is the training
-loop as it is; `without` neither seeds the generators for each batch, nor copies buffers, nor looks
-at losses and gradients, nor asks whether to stop or to save. Beside them the state file: seconds
-to write it, and their share of the time between two at the default --checkpoint-interval. Then
-whole processes of train.py on digits: seconds from their start to the end of the first update,
-for a new run and for one that goes on inside an epoch.
+Steps of one process, float32, the optimizer's included, of one and the same model, taken in turns
+(ratios of wall time and of processor time are medians over neighbours, with the interval that holds
+the median in 95 of 100 runs): `with` is the training loop as it is; `without` neither seeds the
+generators for each batch, nor copies buffers, nor looks at losses and gradients, nor asks whether
+to stop or to save. A machine's noise is larger than what is to be shown; so the same two loops also
+step a stand-in that has the model's parameters and buffers and next to no network, and the
+difference is told as a share of the whole model's step (`price`): protection looks at parameters,
+gradients, buffers and the loss alone. Beside them the state file: seconds to write it, and their
+share of the time between two at the default --checkpoint-interval. Then whole processes of train.py
+on digits: seconds from their start to the end of the first update, for a new run and for one that
+goes on inside an epoch.
 """
 
 import argparse
@@ -21,14 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
 import timm
 import torch
 from arguments import device, model, positive, whole
-from measuring import Timing, paired_ratio, quartiles, time_rounds
+from measuring import Timing, median_interval, paired_ratio, quartiles, ratios, time_rounds
 from reporting import Row, quartile_text, run_benchmark
 from torch import Tensor, nn
 
@@ -43,7 +47,10 @@ from qna_timm.training.resume import Position, collect_state
 from qna_timm.training.state_files import save_state
 from qna_timm.training.task import TrainTask
 
+Batch = tuple[Tensor, Tensor]
+
 ROOT = Path(__file__).resolve().parent.parent
+NO_RATIOS = dict.fromkeys(("ratio", "ratio_interval", "cpu_ratio", "cpu_ratio_interval"), "")
 QUICK = {"models": ["test_vit"], "batch_size": 2, "rounds": 2, "starts": 1}
 
 
@@ -71,61 +78,100 @@ class BareTrainer(Trainer):
         return False
 
 
-def make_trainer(model: str, bare: bool, device: torch.device) -> Trainer:
-    """A trainer of a model with AdamW."""
-    torch.manual_seed(0)
-    module = timm.create_model(model, num_classes=1000).to(device)
+class ParametersAlone(nn.Module):
+    """A model's parameters and buffers without its computation.
+
+    Every class of every image has the sum of all parameters for its logit, so that each of them
+    gets a gradient.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, 1000]."""
+        total = torch.stack([parameter.sum() for parameter in self.model.parameters()]).sum()
+        return total.expand(len(images), 1000)
+
+
+def make_trainers(module: nn.Module, device: torch.device) -> dict[str, Trainer]:
+    """Two loops around one model and one AdamW: what differs is the loop alone."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     args = parse_train_args(["--dataset", "sklearn/digits"])
     task = TrainTask(module, nn.CrossEntropyLoss(), device=device, verbose=False)
-    trainer = (BareTrainer if bare else Trainer)(
-        task,
-        torch.optim.AdamW(module.parameters(), lr=1e-4),
-        None,
-        args=args,
-        processes=Processes(device),
-        precision=Precision(args, device),
-    )
-    if bare:
-        trainer.control = trainer.buffers = _Unwatched()
-    return trainer
+    shared = {
+        "args": args,
+        "processes": Processes(device),
+        "precision": Precision(args, device),
+    }
+    protected = Trainer(task, optimizer, None, **shared)
+    bare = BareTrainer(task, optimizer, None, **shared)
+    bare.control = bare.buffers = _Unwatched()
+    return {"with": protected, "without": bare}
 
 
-def step_rows(model: str, args: argparse.Namespace) -> list[Row]:
-    """Seconds of a step of both kinds, and of saving."""
-    device = torch.device(args.device)
-    size = timm.get_pretrained_cfg(model).input_size
-    batch = (
-        torch.randn(args.batch_size, *size, device=device),
-        torch.randint(1000, (args.batch_size,), device=device),
-    )
-    trainers = {"with": make_trainer(model, False, device)}
-    trainers["without"] = make_trainer(model, True, device)
+def time_steps(trainers: Mapping[str, Trainer], batch: Batch, rounds: int) -> dict[str, Timing]:
+    """Milliseconds of steps of both loops, in turns."""
     epochs = count()
-    timings = time_rounds(
+    return time_rounds(
         {
             name: lambda name=name, trainer=trainer: trainer.train_epoch(
                 [batch], next(epochs), name
             )
             for name, trainer in trainers.items()
         },
-        args.rounds,
-        args.device,
+        rounds,
+        str(batch[0].device),
         turn_seconds=0,
     )
-    rows = [step_row(model, name, timings) for name in trainers]
-    return [*rows, save_row(model, trainers["with"])]
 
 
-def step_row(model: str, name: str, timings: dict[str, Timing]) -> Row:
+def step_rows(model: str, args: argparse.Namespace) -> list[Row]:
+    """Time of a step of both loops, the price of protection, and of saving."""
+    device = torch.device(args.device)
+    size = timm.get_pretrained_cfg(model).input_size
+    batch = (
+        torch.randn(args.batch_size, *size, device=device),
+        torch.randint(1000, (args.batch_size,), device=device),
+    )
+    torch.manual_seed(0)
+    module = timm.create_model(model, num_classes=1000).to(device)
+    trainers = make_trainers(module, device)
+    steps = time_steps(trainers, batch, args.rounds)
+    rows = [step_row(model, name, steps) for name in trainers]
+    alone = time_steps(make_trainers(ParametersAlone(module), device), batch, args.rounds)
+    return [*rows, price_row(model, alone, steps), save_row(model, trainers["with"])]
+
+
+def step_row(model: str, name: str, timings: Mapping[str, Timing]) -> Row:
     """Time of a step, with its ratio to the other's where it is the protected one."""
     wall = timings[name].wall
     row = {"what": f"step of {model}, {name}", "ms": f"{quartiles(wall)[1]:.1f}"}
-    row.update(quartiles=quartile_text(wall), ratio="", cpu_ratio="")
+    row.update(quartiles=quartile_text(wall), **NO_RATIOS)
     if name == "with":
         other = timings["without"]
-        row["ratio"] = f"{paired_ratio(wall, other.wall)[1]:.4f}"
-        row["cpu_ratio"] = f"{paired_ratio(timings[name].cpu, other.cpu)[1]:.4f}"
+        for key, over, under in (("", wall, other.wall), ("cpu_", timings[name].cpu, other.cpu)):
+            low, high = median_interval(ratios(over, under))
+            row[f"{key}ratio"] = f"{paired_ratio(over, under)[1]:.4f}"
+            row[f"{key}ratio_interval"] = f"{low:.4f}-{high:.4f}"
     return row
+
+
+def price_row(model: str, alone: Mapping[str, Timing], steps: Mapping[str, Timing]) -> Row:
+    """Milliseconds that protection adds to a step of the parameters alone, as a share of a step."""
+    added = [a - b for a, b in zip(alone["with"].wall, alone["without"].wall, strict=True)]
+    step = quartiles(steps["without"].wall)[1]
+    low, high = (1 + bound / step for bound in median_interval(added))
+    median = quartiles(added)[1]
+    return {
+        "what": f"price in a step of {model}",
+        "ms": f"{median:.2f}",
+        "quartiles": quartile_text(added, 2),
+        **NO_RATIOS,
+        "ratio": f"{1 + median / step:.4f}",
+        "ratio_interval": f"{low:.4f}-{high:.4f}",
+    }
 
 
 def save_row(model: str, trainer: Trainer) -> Row:
@@ -144,8 +190,8 @@ def save_row(model: str, trainer: Trainer) -> Row:
         "what": f"state of {model}, {size:.0f} MB, every {interval:.0f} s",
         "ms": f"{median:.1f}",
         "quartiles": quartile_text(wall),
+        **NO_RATIOS,
         "ratio": f"{1 + median / 1e3 / interval:.4f}",
-        "cpu_ratio": "",
     }
 
 
@@ -185,8 +231,8 @@ def start_rows(rounds: int) -> list[Row]:
             "what": f"start of a {name} run to its first update",
             "ms": f"{1e3 * statistics.median(seconds):.0f}",
             "quartiles": f"{1e3 * min(seconds):.0f}-{1e3 * max(seconds):.0f}",
+            **NO_RATIOS,
             "ratio": f"{ratio:.4f}" if name == "resumed" else "",
-            "cpu_ratio": "",
         }
         for name, seconds in times.items()
     ]
@@ -197,7 +243,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=model, nargs="*", default=["qna_vit_tiny", "resnet18"])
     parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--rounds", type=positive, default=20)
+    parser.add_argument("--rounds", type=positive, default=100)
     parser.add_argument("--starts", type=whole, default=3)
     parser.add_argument("--device", type=device, default="cpu")
     return parser

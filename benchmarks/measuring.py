@@ -73,12 +73,28 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def paired_ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, float, float]:
-    """Quartiles of over[r] / under[r] in each round r that both took part in.
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Bounds that hold the median of what the values are drawn from with 95 % confidence.
+
+    The k-th smallest and the k-th largest, k = (n - 1.96 sqrt(n)) / 2, whatever the distribution;
+    the extremes where values are few.
+    """
+    ordered, number = sorted(values), len(values)
+    k = max(1, math.floor((number - 1.96 * math.sqrt(number)) / 2))
+    return ordered[k - 1], ordered[number - k]
+
+
+def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """over[r] / under[r] in each round r that both took part in.
 
     What slows the machine down for a while slows both of a pair and falls out.
     """
-    return quartiles([a / b for a, b in zip(over, under, strict=False)])
+    return [a / b for a, b in zip(over, under, strict=False)]
+
+
+def paired_ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, float, float]:
+    """Quartiles of `ratios`."""
+    return quartiles(ratios(over, under))
 
 
 def synchronize(device: str) -> None:
