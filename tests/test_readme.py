@@ -13,6 +13,7 @@ import torch
 from golden import flax_params, info, released_gramian, released_span
 from PIL import Image
 from safetensors.torch import save_file
+from script_runs import run_script
 from test_convert import write_flax
 
 ROOT = Path(__file__).parent.parent
@@ -74,24 +75,27 @@ def test_python_examples(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.timeout(900)
-def test_shell_examples(workplace: Path) -> None:
+def test_shell_examples(workplace: Path, tmp_path: Path) -> None:
     """Conversion first, since a file it writes is fine-tuned; the rest in README's order."""
     environment = {
-        **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "QNA_TIMM_VENV": sys.prefix,
         "OMP_NUM_THREADS": "1",
     }
     lines = sorted(commands(), key=lambda line: "convert_checkpoint" not in line)
     assert len(lines) >= 8
-    for line in lines:
+    for number, line in enumerate(lines):
         words = shlex.split(line)
         if "train.py" in line or "quickstart" in line:
             words += shlex.split(SHORT)
-        done = subprocess.run(
-            words, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+        log = tmp_path / f"{number}.log"
+        if words[0] == "python":
+            code = run_script(words[1:], workplace, log, environment, timeout=300)
+        else:
+            with open(log, "w") as file:
+                settings = {"cwd": workplace, "env": os.environ | environment, "timeout": 300}
+                code = subprocess.run(words, stdout=file, stderr=file, **settings).returncode
+        assert code == 0, f"{line}\n{log.read_text()[-3000:]}"
     assert (workplace / "output/train/photos/best.safetensors").is_file()
     assert (workplace / "confusion.png").is_file() and (workplace / "results.csv").is_file()
 

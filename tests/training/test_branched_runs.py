@@ -4,8 +4,6 @@ import csv
 import importlib.util
 import json
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
+from killing import to_the_end
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -149,15 +148,7 @@ def test_two_processes_train_like_one(train: ModuleType, tmp_path: Path) -> None
     shared = ["--no-aug", "--grad-accumulation", "2", "--epochs", "1", "--lr", "1e-3"]
     train.main(digits(tmp_path, *shared, "-b", "16", "--experiment", "one"))
     argv = digits(tmp_path, *shared, "-b", "8", "--experiment", "two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "train.py"), *argv]
-    path = f"{ROOT}{os.pathsep}{HERE}"
-    done = subprocess.run(
-        [*command, "--device-modules", "branched_model"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    to_the_end(train, argv, tmp_path / "log", processes=2)
     (one,), (two,) = summary(tmp_path / "one"), summary(tmp_path / "two")
     assert list(one) == list(two) and "eval_agreement" in one
     for column, value in one.items():

@@ -263,8 +263,10 @@ def _evaluate_as_rank(rank: int, address: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
-    mp.spawn(_evaluate_as_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    args = (str(tmp_path / "store"), str(tmp_path))
+    mp.start_processes(_evaluate_as_rank, args, nprocs=2, start_method="fork")
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     for metrics, samples in zip(ranks[0], (SAMPLES, 1), strict=True):

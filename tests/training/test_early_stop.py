@@ -1,22 +1,19 @@
 """--early-stop-epochs: when a run ends, what it leaves behind, and that a resume agrees."""
 
 import csv
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from killing import to_the_end
 
 from qna_timm.training.early_stop import last_gain, stops_early
 from qna_timm.training.errors import UsageError
 from qna_timm.training.recipe import parse_train_args
 from qna_timm.training.session import Session
 
-ROOT = Path(__file__).resolve().parents[2]
 NAN = float("nan")
 
 
@@ -131,18 +128,12 @@ def test_two_processes_end_together(train: ModuleType, tmp_path: Path) -> None:
     """A learning rate of 0 never makes anything better; both hold out what one process does."""
     argv = ["--lr", "0", "--val-fraction", "0.1"]
     assert train.main(digits(tmp_path / "one", *argv, "--stop-epoch", "1")) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "train.py")]
-    command += digits(tmp_path / "two", *argv, "--early-stop-epochs", "1")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    words, log = digits(tmp_path / "two", *argv, "--early-stop-epochs", "1"), tmp_path / "log"
+    to_the_end(train, words, log, processes=2)
     assert saved_epochs(tmp_path / "two" / "a") == [0, 1, 2]
     one, two = (summary(tmp_path / name / "a")[0] for name in ("one", "two"))
     assert float(two["eval_loss"]) == pytest.approx(float(one["eval_loss"]), rel=1e-5)
-    assert done.stderr.count("ended after epoch 3") == 1
+    assert log.read_text().count("ended after epoch 3") == 1
 
 
 def test_negative_epochs() -> None:

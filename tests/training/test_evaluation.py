@@ -185,8 +185,10 @@ def _evaluate_as_rank(rank: int, address: str, real_path: str, out: str) -> None
     dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_give_what_one_gives(tmp_path: Path, real_file: Path) -> None:
-    mp.spawn(_evaluate_as_rank, (str(tmp_path / "store"), str(real_file), str(tmp_path)), nprocs=2)
+    args = (str(tmp_path / "store"), str(real_file), str(tmp_path))
+    mp.start_processes(_evaluate_as_rank, args, nprocs=2, start_method="fork")
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     for (metrics, totals, matrix, images), samples in zip(ranks[0], (SAMPLES, 1), strict=False):

@@ -1,8 +1,6 @@
 """Models with learned windows in train.py: what a run writes, processes, flags, mistakes."""
 
 import csv
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,21 +8,20 @@ from types import ModuleType
 import pytest
 import timm
 import torch
+from killing import to_the_end
 from matplotlib.figure import Figure
 from PIL import Image
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import span_model  # noqa: E402  (registers its model)
+import span_model
 
-from qna_timm.training import report, span_report  # noqa: E402
-from qna_timm.training.checkpoint import load_weights, read_weights  # noqa: E402
-from qna_timm.training.errors import UsageError  # noqa: E402
-from qna_timm.training.recipe import parse_train_args  # noqa: E402
-from qna_timm.training.span_task import span_layers  # noqa: E402
+from qna_timm.training import report, span_report
+from qna_timm.training.checkpoint import load_weights, read_weights
+from qna_timm.training.errors import UsageError
+from qna_timm.training.recipe import parse_train_args
+from qna_timm.training.span_task import span_layers
 
-ROOT = HERE.parents[1]
 FILES = ("summary.csv", "spans.csv")
 
 
@@ -122,15 +119,7 @@ def test_two_processes_train_like_one(train: ModuleType, tmp_path: Path) -> None
     shared += ["--lr", "1e-2", "--span-penalty", "2"]
     train.main(digits(tmp_path, *shared, "-b", "16", "--experiment", "one"))
     argv = digits(tmp_path, *shared, "-b", "8", "--experiment", "two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "train.py"), *argv]
-    path = f"{ROOT}{os.pathsep}{HERE}"
-    done = subprocess.run(
-        [*command, "--device-modules", "span_model"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    to_the_end(train, argv, tmp_path / "log", processes=2)
     for name in FILES:
         one, two = (table(tmp_path / run / name) for run in ("one", "two"))
         assert len(one) == len(two) and list(one[0]) == list(two[0])

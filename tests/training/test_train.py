@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from killing import Run
 from PIL import Image
 from short_runs import digits, summary
 
@@ -165,6 +166,25 @@ def test_folder_of_images(train: ModuleType, tmp_path: Path) -> None:
         train.main([*argv, *data, "--num-classes", "2"])
 
 
+MODULE = """
+import timm
+
+@timm.models.register_model
+def test_from_elsewhere(**kwargs):
+    return timm.create_model("test_vit", **kwargs)
+"""
+
+
+def test_modules_to_import_bring_models(
+    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models_from_elsewhere.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = "--device-modules models_from_elsewhere --model test_from_elsewhere --epochs 1"
+    assert train.main(digits(tmp_path, "--experiment", "a", *words.split())) == 0
+    assert len(summary(tmp_path / "a")) == 1
+
+
 MISTAKES = {
     "classes": ("--num-classes 9", "--num-classes 9: the data has 10 classes"),
     "size": ("--img-size 33", r"cannot take 3 x 33 x 33 images"),
@@ -219,12 +239,12 @@ def test_two_processes_train_like_one(train: ModuleType, tmp_path: Path) -> None
     assert len(load_state(tmp_path / "two" / "last.state.safetensors")["losses"]) == 2
 
 
-def test_mistake_in_every_process_is_told_once(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    done = torchrun(*digits(output, "-b", "1000"))
-    errors = [line for line in done.stderr.splitlines() if line.startswith("train.py: error:")]
+def test_mistake_in_every_process_is_told_once(train: ModuleType, tmp_path: Path) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    assert Run(train, digits(output, "-b", "1000"), log, processes=2).wait() == [2, 2]
+    errors = [line for line in log.read_text().splitlines() if line.startswith("train.py: error:")]
     assert len(errors) == 1 and "2 processes" in errors[0]
-    assert "exitcode  : 2" in done.stderr and not output.exists()
+    assert not output.exists()
 
 
 def test_signal_ends_the_run_at_the_next_update(tmp_path: Path) -> None:
