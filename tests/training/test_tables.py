@@ -183,14 +183,15 @@ def test_row_is_validated_as_its_recipe_says(tmp_path):
     assert "ResNet50 |   CaiT" in result.stdout and "Table 3" not in result.stdout
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize(
-    "script, row, known",
+    "script, row, known, mode",
     [
-        ("qna_table.sh", "qna_vit_tiny", r"81\.7"),
-        ("gramian_table.sh", "ga_vit_small", r"80\.9"),
-        ("gramian_ablation.sh", "ablation_vit_small_branches1_lam0.8", r"78\.2"),
-        ("span_table.sh", "sa_resnet_small_adaptive", r"learned \| +0\.42M \| 0\.039"),
+        ("qna_table.sh", "qna_vit_tiny", r"81\.7", "train"),
+        ("qna_table.sh", "qna_vit_tiny", r"81\.7", "eval"),
+        ("gramian_table.sh", "ga_vit_small", r"80\.9", "train"),
+        ("gramian_ablation.sh", "ablation_vit_small_branches1_lam0.8", r"78\.2", "eval"),
+        # validates what it has trained
+        ("span_table.sh", "sa_resnet_small_adaptive", r"learned \| +0\.42M \| 0\.039", "train"),
     ],
 )
 def test_table_script_runs_a_row(script, row, known, mode):
