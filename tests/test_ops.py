@@ -21,6 +21,7 @@ SIZES = {
     "whole-map": (5, 5, 2, 2, 2, 5, 1, 0),
     "one-token": (1, 1, 2, 2, 3, 3, 2, 1),
     "odd-channels": (4, 4, 1, 1, 5, 3, 1, 1),
+    "small-map": (2, 3, 2, 1, 2, 3, 1, 1),
 }
 TABLES = ("both", "no-bias", "no-weight", "weight-per-query")
 

@@ -147,6 +147,12 @@ def test_sbatch_starts_a_step(folder: Path) -> None:
     assert "--cpus-per-task=4" in (folder / "srun").read_text().split()
 
 
+def test_sbatch_tells_its_usage(folder: Path) -> None:
+    done = sbatch(folder, "--help", SLURM_JOB_ID="")
+    assert done.returncode == 0 and done.stdout.startswith("usage: sbatch ")
+    assert "QNA_TIMM_RESTARTS=N" in done.stdout and not calls(folder)
+
+
 @pytest.mark.parametrize(
     "argv, variables, told",
     [
