@@ -125,14 +125,11 @@ class WindowSums(ABC):
         """Norms over positions of what has been written to a place: [n, Q, h, channels]."""
         return norm(x, self.positions)
 
-    def over_queries(self, x: Tensor, factor: Tensor) -> Tensor:
-        """Sum over queries of a channel map times another, [n, y, x, h, d]; spends the first."""
-        (first, by), *others = zip(
-            *(m.permute(self.back).unbind(3) for m in (x, factor)), strict=True
-        )
-        first.mul_(by)
-        for other, by in others:
-            first.addcmul_(other, by)
+    def over_queries(self, x: Tensor) -> Tensor:
+        """Sum of a channel map over queries, [n, y, x, h, d]; spends the map."""
+        first, *others = x.permute(self.back).unbind(3)
+        for other in others:
+            first.add_(other)
         return first
 
     def _attn(self, scores: Tensor) -> Tensor:
@@ -162,7 +159,7 @@ class WindowSums(ABC):
         weighted = self.place("weighted", scores, dim)
         weighted = torch.mul(self.spread("spread", attn, dim), value, out=weighted)
         above = self.sums(self.ready("weighted", weighted), self.tables.above)
-        out = self.over_queries(above, self.spread("spread", 1.0 / below, dim))
+        out = self.over_queries(above.mul_(self.spread("spread", 1.0 / below, dim)))
         if self.noise and not self._precise(weighted, below, out):
             return None
         return out
@@ -212,7 +209,7 @@ class WindowSums(ABC):
         grad_weighted = self.sums_back(above_ready, self.tables.above)
         by_value = self.collect(torch.mul(grad_weighted, value, out=weighted)).mul_(attn)
         by_total = self.sums_back(below_ready, self.tables.below).mul_(attn)
-        grad_value = self.over_queries(grad_weighted, spread)
+        grad_value = self.over_queries(grad_weighted.mul_(spread))
         parts = ((by_value, by_total), (grad_value,), grad_bias, (by_above,))
         found = [_total(terms, error) for terms, error in zip(parts, errors, strict=True)]
         if any(x is None for x in found):
