@@ -43,8 +43,9 @@ def normalize_query(query: Tensor, num_heads: int, normalize: bool, stop_grad: b
 
 def _folded_scores(x: Tensor, weight: Tensor, bias: Tensor | None, query: Tensor) -> Tensor:
     num_queries, num_heads, head_dim = query.shape
-    # C, D -> Q, h, D: the key projection seen by each query
-    folded = torch.einsum("qhd,hdi->qhi", query, weight.view(num_heads, head_dim, -1))
+    # C, D -> h, Q, D: the key projection seen by each query
+    folded = torch.bmm(query.transpose(0, 1), weight.view(num_heads, head_dim, -1))
+    folded = folded.transpose(0, 1)
     offset: Tensor | None = None
     if bias is not None:
         offset = (query * bias.view(num_heads, head_dim)).sum(dim=2).flatten()

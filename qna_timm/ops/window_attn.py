@@ -68,7 +68,8 @@ def tiled_window_attention(
     mask: Tensor | None = None
     if rel_pos_bias is not None:
         mask = rel_pos_bias_matrix(rel_pos_bias, window_size, window).to(q.dtype)
-        mask = mask.repeat(rows * cols, 1, 1)  # windows*h, N, N
+        # windows*h, N, N; not a copy where there is one window
+        mask = mask.expand(rows * cols, -1, -1, -1).flatten(0, 1)
     if pad_h > 0 or pad_w > 0:
         valid = _window_mask((height, width), window, q.device)
         valid = valid.expand(-1, num_heads, tokens, -1).flatten(0, 1)
