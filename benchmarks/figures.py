@@ -31,6 +31,13 @@ class Bar(NamedTuple):
     ends: tuple[float, float]
 
 
+def _errors(values: Sequence[float], ends: Sequence[tuple[float, float]]) -> list[list[float]]:
+    """Lengths of bars below and above; a value and its ends are rounded each on its own."""
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]
+    above = [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)]
+    return [below, above]
+
+
 def _make_panels(count: int, height: float, path: Path) -> tuple["Figure", list["Axes"]] | None:
     """A figure of panels, or None and a message if matplotlib is missing."""
     try:
@@ -83,10 +90,7 @@ def draw_panels(panels: Mapping[str, Sequence[Point]], x_label: str, path: Path)
             if not curve:
                 continue
             xs, ys, ends = zip(*curve, strict=True)
-            spread = [
-                [y - low for y, (low, _) in zip(ys, ends, strict=True)],
-                [high - y for y, (_, high) in zip(ys, ends, strict=True)],
-            ]
+            spread = _errors(ys, ends)
             style = {"color": f"C{number % 10}", "marker": MARKS[number % len(MARKS)]}
             width = 2.5 if number == 0 else 1.2
             axis.errorbar(xs, ys, spread, label=name, capsize=3, linewidth=width, **style)
@@ -118,10 +122,7 @@ def draw_bars(panels: Mapping[str, Sequence[Bar]], path: Path) -> None:
                 [places.index(bar.place) + 0.8 * number / len(kinds) for bar in these],
                 [bar.value for bar in these],
                 height=0.8 / len(kinds),
-                xerr=[
-                    [bar.value - bar.ends[0] for bar in these],
-                    [bar.ends[1] - bar.value for bar in these],
-                ],
+                xerr=_errors([bar.value for bar in these], [bar.ends for bar in these]),
                 color=f"C{number}",
                 label=kind,
                 capsize=3,

@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import attention_layers  # noqa: E402
+import figures  # noqa: E402
 import measuring  # noqa: E402
 import operator_forms  # noqa: E402
 import reporting  # noqa: E402
@@ -170,6 +171,14 @@ def test_the_interval_of_a_median() -> None:
     values = [float(x) for x in range(100, 0, -1)]
     assert measuring.median_interval(values) == (40.0, 61.0)
     assert measuring.median_interval([2.0, 1.0, 3.0]) == (1.0, 3.0)
+
+
+def test_ends_that_are_rounded_past_their_value_are_drawn(tmp_path: Path) -> None:
+    bar = figures.Bar("here", "eager", 10.0, (10.004, 9.996))
+    figures.draw_bars({"images per second": [bar]}, tmp_path / "bars.png")
+    point = figures.Point("ours", 1.0, 10.0, (10.004, 9.996))
+    figures.draw_panels({"time": [point]}, "window", tmp_path / "points.png")
+    assert (tmp_path / "bars.png").is_file() and (tmp_path / "points.png").is_file()
 
 
 def run_quick(script: str, out: Path, *words: str) -> tuple[list[dict[str, str]], dict[str, str]]:
