@@ -13,26 +13,26 @@ from qna_timm.training.errors import UsageError
 from qna_timm.training.names import check_model_name
 
 
-def whole(text: str, least: int = 0) -> int:
+def whole_number(text: str, least: int = 0) -> int:
     """A whole number from `least` on."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, found {text!r}")
     return int(text)
 
 
-def positive(text: str) -> int:
+def positive_number(text: str) -> int:
     """A whole number from 1 on."""
-    return whole(text, least=1)
+    return whole_number(text, least=1)
 
 
-def odd(text: str) -> int:
+def odd_number(text: str) -> int:
     """An odd number from 1 on: windows have a middle."""
-    if positive(text) % 2 == 0:
+    if positive_number(text) % 2 == 0:
         raise argparse.ArgumentTypeError(f"must be an odd number, found {text!r}")
     return int(text)
 
 
-def seconds(text: str) -> float:
+def positive_seconds(text: str) -> float:
     """A time above 0."""
     try:
         value = float(text)
@@ -43,7 +43,7 @@ def seconds(text: str) -> float:
     return value
 
 
-def device(text: str) -> str:
+def device_name(text: str) -> str:
     """A device that this machine has."""
     try:
         torch.empty(0, device=text)
@@ -55,7 +55,7 @@ def device(text: str) -> str:
     return text
 
 
-def model(text: str) -> str:
+def model_name(text: str) -> str:
     """A model's name in timm's registry."""
     try:
         check_model_name(text, "name")
@@ -69,8 +69,11 @@ def _output(text: str) -> Path:
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
         with open(path, "a"):
             pass
+        if is_new:
+            path.unlink()  # another flag may be wrong, and a run takes minutes
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {text!r}: {error.strerror}") from None
     return path
@@ -104,7 +107,9 @@ def parse_arguments(
         argv: Words of the command line, `sys.argv`'s if None.
         readable: Whether its CSV files can be reported again, by --read.
     """
-    parser.add_argument("--threads", type=positive, help="as OMP_NUM_THREADS says if not given")
+    parser.add_argument(
+        "--threads", type=positive_number, help="as OMP_NUM_THREADS says if not given"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
     parser.add_argument("--out", type=_output, help="CSV file to write; figures go beside it")
     if readable:

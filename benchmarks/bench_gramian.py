@@ -28,7 +28,7 @@ from pathlib import Path
 
 import timm
 import torch
-from arguments import device, positive
+from arguments import device_name, positive_number
 from measuring import compare
 from reporting import Row, print_profile, run_benchmark, speedup_columns
 from torch import Tensor, nn
@@ -114,10 +114,10 @@ def rows_of(names: Sequence[str], base: str, batch: int, args: argparse.Namespac
 def make_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=positive, nargs="+", default=[1, 8, 128])
-    parser.add_argument("--device", type=device, default="cpu")
+    parser.add_argument("--batches", type=positive_number, nargs="+", default=[1, 8, 128])
+    parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument(
-        "--rounds", type=positive, default=15, help="at most; fewer for large batches"
+        "--rounds", type=positive_number, default=15, help="at most; fewer for large batches"
     )
     parser.add_argument("--models", action="store_true", help="whole networks too, batch 8")
     parser.add_argument("--profile", action="store_true", help="print operators of a step")

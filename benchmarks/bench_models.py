@@ -25,7 +25,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-from arguments import device, model, positive, seconds
+from arguments import device_name, model_name, positive_number, positive_seconds
 from figures import Bar, draw_bars
 from measuring import Result, compare
 from model_calls import LAYOUTS, MODES, input_size, make_call
@@ -135,20 +135,26 @@ def make_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--models", type=model, nargs="+", help=f"of timm; {', '.join(MODELS)} if not given"
+        "--models", type=model_name, nargs="+", help=f"of timm; {', '.join(MODELS)} if not given"
     )
-    parser.add_argument("--batches", type=positive, nargs="+", help="1 and 8, for --scaling 1")
+    parser.add_argument(
+        "--batches", type=positive_number, nargs="+", help="1 and 8, for --scaling 1"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
     parser.add_argument("--amp", choices=("bfloat16", "float16"), help="autocast")
     parser.add_argument("--update", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--scaling", action="store_true", help="against the image's size")
-    parser.add_argument("--sizes", type=positive, nargs="+", default=[224, 448, 672, 896])
-    parser.add_argument("--device", type=device, default="cpu")
-    parser.add_argument("--rounds", type=positive, default=15)
-    parser.add_argument("--seconds", type=seconds, default=30.0, help="of one's rounds, about")
-    parser.add_argument("--skip-after", type=seconds, default=60.0, help="seconds of a call")
+    parser.add_argument("--sizes", type=positive_number, nargs="+", default=[224, 448, 672, 896])
+    parser.add_argument("--device", type=device_name, default="cpu")
+    parser.add_argument("--rounds", type=positive_number, default=15)
+    parser.add_argument(
+        "--seconds", type=positive_seconds, default=30.0, help="of one's rounds, about"
+    )
+    parser.add_argument(
+        "--skip-after", type=positive_seconds, default=60.0, help="seconds of a call"
+    )
     return parser
 
 

@@ -42,7 +42,7 @@ from pathlib import Path
 import attention_layers
 import operator_forms
 import torch
-from arguments import device, odd, positive, seconds
+from arguments import device_name, odd_number, positive_number, positive_seconds
 from figures import Point, draw_panels
 from measuring import Maker, Result, compare
 from problem import Problem
@@ -134,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--what", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--windows", type=odd, nargs="+", default=[3, 7, 15, 31], help="odd")
+    parser.add_argument("--windows", type=odd_number, nargs="+", default=[3, 7, 15, 31], help="odd")
     parser.add_argument(
         "--modes", nargs="+", choices=operator_forms.MODES, default=list(operator_forms.MODES)
     )
@@ -142,21 +142,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--candidates", nargs="+", choices=every, help="those that suit the machine"
     )
-    parser.add_argument("--batch", type=positive, default=8)
-    parser.add_argument("--size", type=positive, default=56, help="height and width of maps")
-    parser.add_argument("--channels", type=positive, default=64)
-    parser.add_argument("--heads", type=positive, default=8, help="of learned-query attention")
-    parser.add_argument("--peer-heads", type=positive, default=4, help="of other layers")
-    parser.add_argument("--queries", type=positive, default=2)
+    parser.add_argument("--batch", type=positive_number, default=8)
+    parser.add_argument("--size", type=positive_number, default=56, help="height and width of maps")
+    parser.add_argument("--channels", type=positive_number, default=64)
+    parser.add_argument(
+        "--heads", type=positive_number, default=8, help="of learned-query attention"
+    )
+    parser.add_argument("--peer-heads", type=positive_number, default=4, help="of other layers")
+    parser.add_argument("--queries", type=positive_number, default=2)
     parser.add_argument("--score-std", type=float, default=1.0, help="operator's random scores")
     parser.add_argument("--bias-std", type=float, default=0.2, help="operator's random bias")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", type=device, default="cpu")
-    parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--device", type=device_name, default="cpu")
+    parser.add_argument("--rounds", type=positive_number, default=15)
     parser.add_argument(
-        "--seconds", type=seconds, default=20.0, help="of a candidate's rounds, about"
+        "--seconds", type=positive_seconds, default=20.0, help="of a candidate's rounds, about"
     )
-    parser.add_argument("--skip-after", type=seconds, default=60.0, help="seconds of a call")
+    parser.add_argument(
+        "--skip-after", type=positive_seconds, default=60.0, help="seconds of a call"
+    )
     return parser
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import timm
 import torch
-from arguments import device, model, positive, whole
+from arguments import device_name, model_name, positive_number, whole_number
 from measuring import Timing, median_interval, paired_ratio, quartiles, ratios, time_rounds
 from reporting import Row, quartile_text, run_benchmark
 from torch import Tensor, nn
@@ -241,11 +241,13 @@ def start_rows(rounds: int) -> list[Row]:
 def make_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=model, nargs="*", default=["qna_vit_tiny", "resnet18"])
-    parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--rounds", type=positive, default=100)
-    parser.add_argument("--starts", type=whole, default=3)
-    parser.add_argument("--device", type=device, default="cpu")
+    parser.add_argument(
+        "--models", type=model_name, nargs="*", default=["qna_vit_tiny", "resnet18"]
+    )
+    parser.add_argument("--batch-size", type=positive_number, default=8)
+    parser.add_argument("--rounds", type=positive_number, default=100)
+    parser.add_argument("--starts", type=whole_number, default=3)
+    parser.add_argument("--device", type=device_name, default="cpu")
     return parser
 
 

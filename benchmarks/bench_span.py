@@ -26,7 +26,7 @@ from pathlib import Path
 
 import timm
 import torch
-from arguments import device, odd, positive
+from arguments import device_name, odd_number, positive_number
 from measuring import compare
 from reporting import Row, print_profile, run_benchmark, speedup_columns
 from timm.layers.halo_attn import HaloAttn
@@ -105,11 +105,11 @@ def rows_of(case: str, forms: Sequence[str], args: argparse.Namespace) -> list[R
 def make_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernels", type=odd, nargs="*", default=[5, 7, 11])
+    parser.add_argument("--kernels", type=odd_number, nargs="*", default=[5, 7, 11])
     parser.add_argument("--forms", nargs="+", choices=LAYERS, help="all that suit the device")
-    parser.add_argument("--batch", type=positive, default=BATCH, help="maps, or images")
-    parser.add_argument("--device", type=device, default="cpu")
-    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--batch", type=positive_number, default=BATCH, help="maps, or images")
+    parser.add_argument("--device", type=device_name, default="cpu")
+    parser.add_argument("--rounds", type=positive_number, default=5)
     parser.add_argument("--models", action="store_true", help="training steps of whole networks")
     parser.add_argument("--profile", action="store_true", help="print operators of steps")
     return parser

@@ -24,7 +24,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from arguments import device, model, positive
+from arguments import device_name, model_name, positive_number
 from measuring import Call, time_rounds
 from reporting import Row, quartile_text, run_benchmark
 from timm.utils import ModelEmaV3
@@ -150,11 +150,11 @@ def print_paper() -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=model, default="qna_vit_tiny")
-    parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--model", type=model_name, default="qna_vit_tiny")
+    parser.add_argument("--batch-size", type=positive_number, default=8)
+    parser.add_argument("--rounds", type=positive_number, default=7)
     parser.add_argument(
-        "--device", type=device, default="cpu", help="of the step of one process and the files"
+        "--device", type=device_name, default="cpu", help="of the step of one process and the files"
     )
     parser.add_argument("--paper", action="store_true", help="compute, measure nothing")
     return parser

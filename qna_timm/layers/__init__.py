@@ -4,7 +4,6 @@ from qna_timm.layers.augmented_conv import AugmentedConv2d
 from qna_timm.layers.batch_norm import SmallBatchNorm2d
 from qna_timm.layers.cswin_block import CSWinBlock
 from qna_timm.layers.fuse import FuseBottleneck, MapFusion
-from qna_timm.layers.gelu import GELUTanh
 from qna_timm.layers.gramian_head import GramianHead
 from qna_timm.layers.qna_attn import LearnedQueryAttention, LearnedQueryPool
 from qna_timm.layers.qna_block import Block, BlockArgs, qna_block, window_block
@@ -31,7 +30,6 @@ __all__ = [
     "BottleneckArgs",
     "CSWinBlock",
     "FuseBottleneck",
-    "GELUTanh",
     "GramianHead",
     "LearnedQueryAttention",
     "LearnedQueryPool",

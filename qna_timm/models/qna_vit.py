@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from qna_timm.convert import qna_vit_state_dict
 from qna_timm.layers import (
     BlockArgs,
-    GELUTanh,
     LearnedQueryAttention,
     LearnedQueryPool,
     PatchStem,
@@ -133,7 +132,7 @@ class QnAViT(nn.Module):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         drop_path_downsample: bool = True,
-        act_layer: str | Callable[..., nn.Module] = GELUTanh,
+        act_layer: str | Callable[..., nn.Module] = "gelu_tanh",
         norm_layer: str | Callable[..., nn.Module] = "layernorm",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

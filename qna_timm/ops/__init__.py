@@ -9,7 +9,6 @@ from qna_timm.ops.api import (
     window_attention,
 )
 from qna_timm.ops.branches import gram_matrix, part_linear
-from qna_timm.ops.gelu import gelu_tanh
 from qna_timm.ops.gramian import class_attention, gram_triangle, triangle_index
 from qna_timm.ops.reference import (
     class_attention_reference,
@@ -25,7 +24,6 @@ __all__ = [
     "class_attention",
     "class_attention_reference",
     "explain_qna_attention",
-    "gelu_tanh",
     "gram_matrix",
     "gram_triangle",
     "gram_triangle_reference",

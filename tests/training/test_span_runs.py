@@ -1,20 +1,16 @@
 """Models with learned windows in train.py: what a run writes, processes, flags, mistakes."""
 
 import csv
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import span_model  # registers its model
 import timm
 import torch
 from killing import to_the_end
 from matplotlib.figure import Figure
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import span_model
 
 from qna_timm.training import report, span_report
 from qna_timm.training.checkpoint import load_weights, read_weights
