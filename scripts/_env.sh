@@ -7,9 +7,9 @@ venv=$(realpath -m "${QNA_TIMM_VENV:-.venv}")
 extras=${QNA_TIMM_EXTRAS:-dev}
 PYTHON=$venv/bin/python
 
-# The installation is good while the files that describe it, and their folder, are the same;
-# 'dev' holds the other extras.
-stamp=$(cat setup.cfg pyproject.toml <(realpath setup.cfg) | cksum)
+# The installation is good while the files that describe it, those it compiles, and their folder
+# are the same; 'dev' holds the other extras.
+stamp=$(cat setup.* pyproject.toml qna_timm/ops/native/*.{cpp,h} <(realpath setup.cfg) | cksum)
 if [ ! -x "$PYTHON" ] || ! grep -qsx -e "$stamp $extras" -e "$stamp dev" "$venv/.qna_timm"; then
     base=${QNA_TIMM_PYTHON:-}
     if [ -z "$base" ]; then

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ladders import needs_native
 from torch import Tensor
 
 from qna_timm.ops import (
@@ -60,12 +61,14 @@ def gradients(tensors: list[Tensor | None], args: tuple, impl: str) -> list[Tens
     return [leaf.grad for leaf in leaves if leaf is not None]
 
 
-@pytest.mark.parametrize("impl", ["offsets", "exact", "depthwise", "fft", "auto"])
+@pytest.mark.parametrize("impl", ["offsets", "exact", "depthwise", "fft", "native", "auto"])
 @pytest.mark.parametrize("tables", TABLES)
 @pytest.mark.parametrize("size", SIZES)
 def test_forms_match_reference(size: str, tables: str, impl: str) -> None:
     if size == "one-token" and impl in ("depthwise", "fft"):
         pytest.skip("refused: its softmax is 1, gradients are differences of equal sums")
+    if impl == "native":
+        needs_native()
     tensors, args = make_inputs(size, tables)
     if impl == "fft":  # on maps as small as these it takes small spreads only
         tensors = [
@@ -105,10 +108,10 @@ def test_gradcheck_reference() -> None:
     assert torch.autograd.gradcheck(lambda *t: qna_attention(*t, *args, "reference"), leaves)
 
 
-@pytest.mark.parametrize("impl", ["offsets", "auto"])
+@pytest.mark.usefixtures("ladder")
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e4])
 @pytest.mark.parametrize("size", ["odd-map", "stride-2", "kernel-over-map"])
-def test_large_scores(size: str, scale: float, impl: str) -> None:
+def test_large_scores(size: str, scale: float, impl: str = "auto") -> None:
     """Scores of +-scale, and one that towers over a whole map."""
     tensors, args = make_inputs(size)
     scores = tensors[0]
@@ -123,6 +126,13 @@ def test_large_scores(size: str, scale: float, impl: str) -> None:
         assert (f.double() - w).norm() <= 1e-3 * w.norm() + 1e-8
 
 
+@pytest.mark.parametrize("size", ["odd-map", "stride-2", "kernel-over-map"])
+def test_large_scores_by_stock_operators(size: str) -> None:
+    for scale in (30.0, 1e4):
+        test_large_scores(size, scale, "offsets")
+
+
+@pytest.mark.usefixtures("ladder")
 @pytest.mark.parametrize("offset", [-1e4, -100.0, 100.0, 1e4])
 def test_common_offset_of_scores(offset: float) -> None:
     """A softmax does not see an offset that all scores share."""
@@ -133,6 +143,7 @@ def test_common_offset_of_scores(offset: float) -> None:
     assert error(found, wanted) < 1e-4
 
 
+@pytest.mark.usefixtures("ladder")
 def test_wide_bias() -> None:
     tensors, args = make_inputs("odd-map")
     tensors[2] = (tensors[2] * 1e3).float().double()
@@ -177,6 +188,7 @@ def test_window_sums_are_right_or_refused(kind: str, kernel: int, impl: str) -> 
     assert not served[-1]
 
 
+@pytest.mark.usefixtures("ladder")
 @pytest.mark.parametrize("gap", [30.0, 50.0])
 def test_gradients_where_one_token_has_all_the_weight(gap: float) -> None:
     """Next to nothing, as with a softmax, and not the rounding of two large sums."""
@@ -190,6 +202,7 @@ def test_gradients_where_one_token_has_all_the_weight(gap: float) -> None:
         assert (f.double() - w).norm() <= 1e-3 * w.norm() + 1e-8
 
 
+@pytest.mark.usefixtures("ladder")
 def test_kernel_of_one_token() -> None:
     """Its softmax is 1 whatever the score: no gradient at all for scores and bias."""
     (scores, value, bias, weight), _ = make_inputs("odd-map")
@@ -198,6 +211,7 @@ def test_kernel_of_one_token() -> None:
     assert not score_grad.any() and not bias_grad.any()
 
 
+@pytest.mark.usefixtures("ladder")
 def test_not_a_number_stays_where_it_is() -> None:
     """A NaN score spoils the windows that see it and no other."""
     tensors, args = make_inputs("odd-map", batch=1)
@@ -207,6 +221,7 @@ def test_not_a_number_stays_where_it_is() -> None:
     assert not finite[:2, :2].any() and finite[2:].all() and finite[:, 2:].all()
 
 
+@pytest.mark.usefixtures("ladder")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_half_precision_values(dtype: torch.dtype, scale: float) -> None:
@@ -232,7 +247,7 @@ def test_layouts() -> None:
         for t in single
     ]
     assert not strided[0].is_contiguous()
-    for impl in ("offsets", "exact", "depthwise"):
+    for impl in ("offsets", "exact", "depthwise", "auto"):
         torch.testing.assert_close(qna_attention(*strided, *args, impl), wanted)
 
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from ladders import SWITCHED_OFF, without_native
 from test_ops import SIZES, error, gradients, make_inputs, to
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -140,6 +141,7 @@ def test_gradient_checkpointing() -> None:
         torch.testing.assert_close(leaf.grad, grad)
 
 
+@pytest.mark.usefixtures("ladder")
 def test_half_precision_gradients() -> None:
     """bfloat16 values: gradients no worse than from rounding what goes in and what comes out."""
     tensors, args = make_inputs("odd-map")
@@ -181,8 +183,9 @@ def test_operations_are_counted(impl: str) -> None:
     assert counter.get_total_flops() == 3 * forward
 
 
-def test_one_image_beyond_the_range() -> None:
+def test_one_image_beyond_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     """It alone goes the exact way; all are right, and the explanation says so."""
+    without_native(monkeypatch)
     gen = torch.Generator().manual_seed(0)
     scores = torch.randn(3, 40, 40, 2, 8, generator=gen)
     value = torch.randn(3, 40, 40, 512, generator=gen)  # so many that images are taken singly
@@ -195,10 +198,13 @@ def test_one_image_beyond_the_range() -> None:
     assert choice.impl == "exact"
     assert choice.why_not["depthwise"] == "1 of 3 images are out of its range"
     assert "summed faster directly" in choice.why_not["fft"]
+    assert choice.why_not["native"] == SWITCHED_OFF
 
 
-@pytest.mark.parametrize("kernel, impl", [(3, "depthwise"), (7, "depthwise"), (23, "fft")])
-def test_choice_by_window(kernel: int, impl: str) -> None:
+@pytest.mark.parametrize("kernel, impl", [(3, "depthwise"), (7, "depthwise"), (27, "fft")])
+def test_choice_by_window(kernel: int, impl: str, ladder: str) -> None:
+    if ladder == "native" and impl == "depthwise":
+        impl = "native"
     scores, value = torch.randn(1, 32, 32, 2, 2) * 0.3, torch.randn(1, 32, 32, 8)
     choice = explain_qna_attention(scores, value, None, None, (kernel, kernel), 1, kernel // 2)
     assert choice.impl == impl
@@ -224,6 +230,7 @@ def test_kernels_are_chosen_on_measured_gpus_only() -> None:
             assert kind in (Path(__file__).parent.parent / record).read_text()
 
 
+@pytest.mark.usefixtures("ladder")
 def test_empty_batch_and_repeated_sizes() -> None:
     """Buffers outlive calls: other sizes, strides and dtypes in between leave no trace."""
     out = qna_attention(torch.zeros(0, 4, 4, 1, 2), torch.zeros(0, 4, 4, 6), None, None, (3, 3))
@@ -238,6 +245,7 @@ def test_empty_batch_and_repeated_sizes() -> None:
                     assert torch.equal(one, other), (turn, size)
 
 
+@pytest.mark.usefixtures("ladder")
 def test_threads_do_not_share_buffers() -> None:
     problems = [make_inputs(size, spread=0.1) for size in ("odd-map", "stride-2") * 2]
     wanted = [gradients(*problem, "auto") for problem in problems]
@@ -282,6 +290,7 @@ def test_forward_mode() -> None:
     torch.testing.assert_close(*hessians)
 
 
+@pytest.mark.usefixtures("ladder")
 @pytest.mark.parametrize("scale", [1e-30, 1e-24, 1e24, 1e30])
 def test_gradients_of_any_size(scale: float) -> None:
     """They are linear in what comes in, whatever squares of float32 numbers hold."""
@@ -312,4 +321,4 @@ def test_vmap_of_nothing() -> None:
 
 def test_half_precision_scores_are_explained_as_computed() -> None:
     scores, value = torch.randn(1, 32, 32, 2, 2).bfloat16() * 0.3, torch.randn(1, 32, 32, 8)
-    assert explain_qna_attention(scores, value, None, None, (23, 23), 1, 11).impl == "fft"
+    assert explain_qna_attention(scores, value, None, None, (27, 27), 1, 13).impl == "fft"

@@ -19,7 +19,7 @@ from qna_timm.ops.window_attn import tiled_window_attention
 
 # Offsets of a window up to which compiled stock operators are faster than any operator by hand.
 FUSED_OFFSETS = 9
-QNA_FORMS = ("auto", "reference", "offsets", "depthwise", "fft", "exact", "triton")
+QNA_FORMS = ("auto", "reference", "offsets", "depthwise", "fft", "exact", "native", "triton")
 
 
 def normalize_query(query: Tensor, num_heads: int, normalize: bool, stop_grad: bool) -> Tensor:
@@ -177,9 +177,11 @@ def qna_attention(
             operators, any order of gradients, forward-mode ones. 'exact', 'depthwise', 'fft': by
             hand, sums over windows offset by offset, as depthwise convolutions, by Fourier
             transforms; the latter two raise where the scores of a map spread too far for them.
-            'triton': on a GPU. 'auto' takes the fastest that is right for the scores, images by
-            images; `explain_qna_attention` tells which. Under `torch.compile` it is 'offsets' for
-            windows of up to 9 offsets, which the compiler fuses.
+            'native': by compiled functions, on a CPU in float32, where the package was installed
+            with a C++ compiler at hand. 'triton': on a GPU. 'auto' takes the fastest that is right
+            for the scores, images by images; `explain_qna_attention` tells which. Under
+            `torch.compile` it is 'offsets' for windows of up to 9 offsets, which the compiler
+            fuses.
 
     Returns:
         [B, Y, X, C] in value's dtype, Y = (H + 2*padding - kh) // stride + 1.
@@ -264,7 +266,7 @@ def explain_qna_attention(
     with torch.no_grad(), problem:
         served = [(problem.forward(part)[0], part.stop - part.start) for part in problem.parts()]
     left = scores.shape[0]
-    for name in ("fft", "depthwise"):
+    for name in ("fft", "native", "depthwise"):
         reason = problem.why_not(name)
         if reason is None:
             left -= sum(count for form, count in served if form == name)

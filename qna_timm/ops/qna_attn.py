@@ -13,6 +13,7 @@ from torch import Tensor
 from qna_timm.ops.qna_depthwise import depthwise_sums
 from qna_timm.ops.qna_exact import exact_backward, exact_forward
 from qna_timm.ops.qna_fourier import FourierSums
+from qna_timm.ops.qna_native import native_backward, native_forward, unsupported
 from qna_timm.ops.qna_sums import Tables, WindowSums
 from qna_timm.ops.qna_windows import Windows
 
@@ -23,6 +24,9 @@ GPU_NUMBERS = 2**27
 # convolutions without gradients are faster for longer.
 FOURIER_OFFSETS = 169
 FOURIER_OFFSETS_FORWARD = {"AVX512": 400}
+# The same beside compiled functions: forward, backward.
+FOURIER_OFFSETS_NATIVE = 600, 300
+FORMS = ("auto", "native", "depthwise", "fft", "exact")
 
 
 class Problem:
@@ -40,13 +44,19 @@ class Problem:
         impl: str,
         backward: bool = False,
     ) -> None:
-        """Arguments as in `qna_attention`, impl 'auto', 'depthwise', 'fft' or 'exact'."""
-        if impl not in ("auto", "depthwise", "fft", "exact"):
-            raise ValueError(f"impl must be 'auto', 'depthwise', 'fft' or 'exact', got {impl!r}")
+        """Arguments as in `qna_attention`, impl one of `FORMS`."""
+        if impl not in FORMS:
+            raise ValueError(f"impl must be one of {FORMS}, got {impl!r}")
+        self.against_native = unsupported(scores, value)
+        if impl == "native" and self.against_native is not None:
+            raise ValueError(f"impl='native' cannot compute this: {self.against_native}")
+        self.has_native = impl in ("auto", "native") and self.against_native is None
         self.scores, self.value, self.impl = scores, value, impl
         self.on_cpu, self.is_backward = value.device.type == "cpu", backward
         self.least_fourier = FOURIER_OFFSETS
-        if self.on_cpu and not backward:
+        if self.has_native:
+            self.least_fourier = FOURIER_OFFSETS_NATIVE[backward]
+        elif self.on_cpu and not backward:
             kind = torch.backends.cpu.get_cpu_capability()
             self.least_fourier = FOURIER_OFFSETS_FORWARD.get(kind, FOURIER_OFFSETS)
         self.windows = Windows(tuple(kernel_size), stride, padding)
@@ -54,11 +64,11 @@ class Problem:
         self.size = tuple(scores.shape[1:3])
         self.out_size = self.windows.out_size(*self.size)
         self.table = (self.windows.num_offsets, *scores.shape[3:])
-        tables = Tables(*self.parameters, self.table, scores)
-        self.forms = [
-            (name, self._form(name)(self.size, self.windows, *scores.shape[3:], tables))
-            for name in self._order()
-        ]
+        self.forms: list[tuple[str, WindowSums]] = []
+        if order := self._order():
+            tables = Tables(*self.parameters, self.table, scores)
+            settings = (self.size, self.windows, *scores.shape[3:], tables)
+            self.forms = [(name, self._form(name)(*settings)) for name in order]
 
     def _form(self, name: str) -> type[WindowSums]:
         if name == "fft":
@@ -67,11 +77,13 @@ class Problem:
         return depthwise_sums(self.windows, pairs, self.on_cpu, self.is_backward)
 
     def why_not(self, name: str) -> str | None:
-        """Why a form of sums is not the first that 'auto' tries."""
+        """Why a form is not the first that 'auto' tries."""
+        if name == "native":
+            return self.against_native
         if self.scores.is_cuda and torch.cuda.is_current_stream_capturing():
             return "it looks at what came out, which a recorded CUDA graph cannot"
         if name == "depthwise":
-            return None
+            return "compiled functions are faster" if self.has_native else None
         offsets = self.windows.num_offsets * self.out_size[0] * self.out_size[1]
         tokens = self.size[0] * self.size[1]
         if offsets < self.least_fourier * tokens:
@@ -81,7 +93,12 @@ class Problem:
     def _order(self) -> list[str]:
         if self.impl == "auto":
             return [name for name in ("fft", "depthwise") if self.why_not(name) is None]
-        return [] if self.impl == "exact" else [self.impl]
+        return [] if self.impl in ("exact", "native") else [self.impl]
+
+    @property
+    def is_native(self) -> bool:
+        """Whether compiled functions compute all images, at once."""
+        return self.has_native and not self.forms
 
     def parts(self) -> Iterator[slice]:
         """Images to compute at a time."""
@@ -118,7 +135,10 @@ class Problem:
             if (out := form.forward(scores, value)) is not None:
                 return name, out
             self.refuse()
-        return "exact", exact_forward(scores, value, *self.parameters, self.windows)
+        if not self.has_native:
+            return "exact", exact_forward(scores, value, *self.parameters, self.windows)
+        out = native_forward(scores, value, *self.parameters, self.windows)
+        return "native", out.unflatten(3, (scores.shape[4], -1))
 
     def backward(self, grad: Tensor, images: slice) -> tuple[Tensor, ...]:
         """Gradients of scores, value [n, H, W, h, d], bias and weight [K, Q, h]."""
@@ -134,7 +154,12 @@ class Problem:
             if (grads := form.backward(grad, scores, value)) is not None:
                 return grads
             self.refuse()
-        return exact_backward(grad, scores, value, *self.parameters, self.windows)
+        if not self.has_native:
+            return exact_backward(grad, scores, value, *self.parameters, self.windows)
+        by_scores, by_value, *by_tables = native_backward(
+            grad, scores, value, *self.parameters, self.windows
+        )
+        return by_scores, by_value.unflatten(3, (scores.shape[4], -1)), *by_tables
 
 
 def _power_of_two(grad: Tensor) -> float:
@@ -157,6 +182,8 @@ def forward(
 ) -> Tensor:
     """[B, Y, X, C] in value's dtype; arguments as in `Problem`."""
     problem = Problem(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding, impl)
+    if problem.is_native:
+        return native_forward(scores, value, *problem.parameters, problem.windows).to(value.dtype)
     out = value.new_empty(value.shape[0], *problem.out_size, value.shape[3])
     by_head = out.unflatten(3, (scores.shape[4], -1))
     with problem:
@@ -180,6 +207,12 @@ def backward(
     problem = Problem(
         scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding, impl, True
     )
+    if problem.is_native:
+        grads = native_backward(grad, scores, value, *problem.parameters, problem.windows)
+        by_scores, by_value, by_bias, by_weight = grads
+        if query_weight is not None:
+            by_weight = by_weight.sum_to_size(query_weight.shape)
+        return by_scores, by_value.to(value.dtype), by_bias, by_weight
     grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
     grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
     grad_bias, grad_weight = scores.new_zeros(problem.table), scores.new_zeros(problem.table)

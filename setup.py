@@ -1,0 +1,31 @@
+"""The compiled functions of `qna_timm.ops.native`; everything else is in setup.cfg.
+
+They are optional: where one does not compile, the package is installed without it.
+"""
+
+from setuptools import Extension, setup
+
+FOLDER = "qna_timm/ops/native"
+# Of the instruction sets that PyTorch tells apart; the last compiles for any processor.
+FLAGS = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma"],
+    "baseline": [],
+}
+# OpenMP at compilation only: its functions are those of the runtime that PyTorch has loaded.
+COMMON = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+
+setup(
+    ext_modules=[
+        Extension(
+            f"{FOLDER.replace('/', '.')}.{name}_{kind}",
+            [f"{FOLDER}/{name}.cpp"],
+            depends=[f"{FOLDER}/planes.h", f"{FOLDER}/vectors.h"],
+            extra_compile_args=COMMON + flags,
+            language="c++",
+            optional=True,
+        )
+        for name in ("qna",)
+        for kind, flags in FLAGS.items()
+    ]
+)

@@ -1,0 +1,14 @@
+"""Fixtures of all tests."""
+
+import pytest
+from ladders import needs_native, without_native
+
+
+@pytest.fixture(params=["native", "stock"])
+def ladder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A test of 'auto', with compiled functions and without."""
+    if request.param == "native":
+        needs_native()
+    else:
+        without_native(monkeypatch)
+    return request.param

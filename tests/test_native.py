@@ -1,0 +1,159 @@
+"""Compiled functions: right for every shape and instruction set, within their memory, optional."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ladders import needs_native
+from test_ops import error
+from torch import Tensor
+
+from qna_timm.ops import explain_qna_attention, native, qna_attention, qna_native
+from qna_timm.ops.workspace import Workspace
+
+ROOT = Path(__file__).parent.parent
+# H, W, queries, heads, head_dim, kernel, stride, padding: vectors, bands and groups of heads that
+# are full, begun and more than one
+SIZES = {
+    "bands": (33, 35, 2, 3, 8, (3, 3), 1, 1),
+    "many-heads": (6, 17, 2, 20, 8, (3, 3), 2, 1),
+    "wide-heads": (9, 20, 2, 2, 16, (7, 7), 1, 3),
+    "odd-heads": (19, 18, 1, 2, 5, (5, 5), 1, 2),
+    "widest-heads": (4, 5, 2, 1, 64, (3, 3), 1, 1),
+    "four-queries": (7, 9, 4, 2, 8, (3, 5), 3, 1),
+    "large-window": (40, 18, 2, 2, 8, (15, 15), 1, 7),
+    "stride-over-window": (19, 23, 2, 2, 8, (2, 2), 3, 0),
+    "all-padding": (1, 1, 3, 1, 8, (7, 7), 1, 3),
+    "a-row": (1, 200, 2, 2, 8, (1, 3), 1, 0),
+}
+
+
+def capabilities() -> list[str]:
+    """PyTorch's words for instruction sets that this processor has."""
+    order = [*native.KINDS, "DEFAULT"]
+    best = torch.backends.cpu.get_cpu_capability()
+    return order[order.index(best) :] if best in order else ["DEFAULT"]
+
+
+@pytest.fixture(params=["AVX512", "AVX2", "DEFAULT"])
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Functions compiled for an instruction set."""
+    needs_native()
+    if request.param not in capabilities():
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    monkeypatch.setattr(qna_native, "_library", qna_native._library.__wrapped__)
+    return request.param
+
+
+def problem(size: str, spread: float = 1.0) -> tuple[list[Tensor], tuple]:
+    height, width, queries, heads, dim, kernel, stride, padding = SIZES[size]
+    gen = torch.Generator().manual_seed(0)
+    table = (kernel[0] * kernel[1], queries, heads)
+    shapes = (2, height, width, queries, heads), (2, height, width, heads * dim), table, table
+    tensors = [torch.randn(shape, generator=gen) for shape in shapes]
+    tensors[0] *= spread
+    return tensors, (kernel, stride, padding)
+
+
+def run(tensors: list[Tensor], args: tuple, impl: str = "native") -> list[Tensor]:
+    """Output and gradients."""
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    out = qna_attention(*leaves, *args, impl)
+    direction = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves, direction)]
+
+
+@pytest.mark.parametrize("spread", [1.0, 60.0])
+@pytest.mark.parametrize("size", SIZES)
+def test_all_sizes(size: str, spread: float, capability: str) -> None:
+    tensors, args = problem(size, spread)
+    found = run(tensors, args)
+    wanted = run([t.double() for t in tensors], args, "offsets")
+    assert error(found[0], wanted[0]) < 1e-5
+    for f, w in zip(found[1:], wanted[1:], strict=True):
+        assert (f.double() - w).norm() <= 1e-4 * w.norm() + 1e-7
+
+
+@pytest.mark.parametrize("size", ["bands", "four-queries", "stride-over-window"])
+def test_threads_change_nothing(size: str) -> None:
+    needs_native()
+    tensors, args = problem(size)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run(tensors, args))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_stays_within_its_memory(
+    size: str, monkeypatch: pytest.MonkeyPatch, capability: str
+) -> None:
+    """Nothing is read that was not written before, and nothing written beyond the end."""
+    tensors, args = problem(size)
+    wanted = run(tensors, args)
+    margin, handed = 4096, []
+
+    def get(self: Workspace, name: str, shape: tuple[int, ...]) -> Tensor:
+        memory = torch.full((shape[0] + 2 * margin,), float("nan"))
+        handed.append(memory)
+        return memory[margin:-margin]
+
+    monkeypatch.setattr(Workspace, "get", get)
+    for one, other in zip(run(tensors, args), wanted, strict=True):
+        assert torch.equal(one, other)
+    assert len(handed) == 2
+    for memory in handed:
+        assert memory[:margin].isnan().all() and memory[-margin:].isnan().all()
+
+
+def test_what_it_does_not_compute() -> None:
+    needs_native()
+    tensors, args = problem("bands")
+    with pytest.raises(ValueError, match=r"impl='native' .*: it computes in float32, .* float64"):
+        qna_attention(*[t.double() for t in tensors], *args, "native")
+    wide = torch.randn(1, 4, 4, 130)
+    scores = torch.randn(1, 4, 4, 1, 2)
+    with pytest.raises(ValueError, match="a head has 65 channels, more than 64"):
+        qna_attention(scores, wide, None, None, (3, 3), 1, 1, "native")
+    choice = explain_qna_attention(scores, wide, None, None, (3, 3), 1, 1)
+    assert (choice.impl, choice.why_not["native"]) == (
+        "depthwise",
+        "a head has 65 channels, more than 64",
+    )
+
+
+def test_installs_without_a_compiler(tmp_path: Path) -> None:
+    """The build warns and succeeds, and leaves nothing to load."""
+    command = [sys.executable, "setup.py", "build_ext", "-b", str(tmp_path / "lib")]
+    missing = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    done = subprocess.run(
+        [*command, "-t", str(tmp_path / "objects")],
+        cwd=ROOT,
+        env=os.environ | missing,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [*tmp_path.rglob("*.so")]
+    assert "qna_avx2" in done.stdout + done.stderr
+
+
+def test_why_a_library_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "takes a C++ compiler" in native.load_library("nothing", 1, {}).why_not
+    needs_native()
+    assert "another version" in native.load_library("qna", 0, {}).why_not
+    assert "does not load" in native.load_library("qna", 1, {"qna_sideways": ([], None)}).why_not
+    monkeypatch.setattr(qna_native, "_library", lambda: native.load_library("nothing", 1, {}))
+    tensors, args = problem("bands")
+    assert explain_qna_attention(*tensors, *args).impl == "depthwise"
