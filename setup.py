@@ -3,6 +3,8 @@
 They are optional: where one does not compile, the package is installed without it.
 """
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 FOLDER = "qna_timm/ops/native"
@@ -20,7 +22,7 @@ setup(
         Extension(
             f"{FOLDER.replace('/', '.')}.{name}_{kind}",
             [f"{FOLDER}/{name}.cpp"],
-            depends=[f"{FOLDER}/planes.h", f"{FOLDER}/vectors.h"],
+            depends=sorted(glob(f"{FOLDER}/*.h")),
             extra_compile_args=COMMON + flags,
             language="c++",
             optional=True,

@@ -33,8 +33,9 @@ inline void turn_block(const float *from, int64_t from_step, float *to, int64_t 
     }
     for (int i = 0; i < BLOCK; i += 4) {
         for (int k = 0; k < 2; k++) {
-            fours[i + 2 * k] = MERGED(pairs[i + k], pairs[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-            fours[i + 2 * k + 1] = MERGED(pairs[i + k], pairs[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+            const Block a = pairs[i + k], b = pairs[i + k + 2];
+            fours[i + 2 * k] = MERGED(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+            fours[i + 2 * k + 1] = MERGED(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
         }
     }
     for (int k = 0; k < 4; k++) {
