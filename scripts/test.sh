@@ -5,6 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 ruff check .
 ruff format --check --quiet .
-# two processes with a thread each do more tests a minute than one process with two
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 2 --dist worksteal
+# processes of one thread each do more tests a minute than one of two threads; many of them wait for
+# files and signals, so that a third has something to do on two processors
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 3 --dist worksteal
 scripts/timm_tests.sh
