@@ -45,7 +45,9 @@ def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.param not in capabilities():
         pytest.skip(f"this processor has no {request.param}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    monkeypatch.setattr(qna_native, "_library", qna_native._library.__wrapped__)
+    library = native.load_library("qna", qna_native.VERSION, qna_native.FUNCTIONS)
+    assert library.why_not is None
+    monkeypatch.setattr(qna_native, "LIBRARY", library)
     return request.param
 
 
@@ -154,6 +156,6 @@ def test_why_a_library_does_not_serve(tmp_path: Path, monkeypatch: pytest.Monkey
     needs_native()
     assert "another version" in native.load_library("qna", 0, {}).why_not
     assert "does not load" in native.load_library("qna", 1, {"qna_sideways": ([], None)}).why_not
-    monkeypatch.setattr(qna_native, "_library", lambda: native.load_library("nothing", 1, {}))
+    monkeypatch.setattr(qna_native, "LIBRARY", native.load_library("nothing", 1, {}))
     tensors, args = problem("bands")
     assert explain_qna_attention(*tensors, *args).impl == "depthwise"

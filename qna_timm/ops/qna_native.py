@@ -6,12 +6,11 @@ K offsets.
 """
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
-from qna_timm.ops.native import Library, address, load_library
+from qna_timm.ops.native import address, load_library
 from qna_timm.ops.qna_windows import Windows
 from qna_timm.ops.workspace import Workspace
 
@@ -23,17 +22,13 @@ _POINTER = ctypes.c_void_p
 _INPUTS = [_POINTER, _POINTER, _POINTER, _POINTER, ctypes.c_int64, _POINTER, ctypes.c_int]
 
 
-@functools.cache
-def _library() -> Library:
-    return load_library(
-        "qna",
-        VERSION,
-        {
-            "qna_floats": ([_POINTER, ctypes.c_int, ctypes.c_int], ctypes.c_int64),
-            "qna_forward": ([_POINTER, *_INPUTS, _POINTER], None),
-            "qna_backward": ([_POINTER, _POINTER, *_INPUTS, *[_POINTER] * 4], None),
-        },
-    )
+FUNCTIONS = {
+    "qna_floats": ([_POINTER, ctypes.c_int, ctypes.c_int], ctypes.c_int64),
+    "qna_forward": ([_POINTER, *_INPUTS, _POINTER], None),
+    "qna_backward": ([_POINTER, _POINTER, *_INPUTS, *[_POINTER] * 4], None),
+}
+# at import, so that a compiler which follows `unsupported` finds it loaded
+LIBRARY = load_library("qna", VERSION, FUNCTIONS)
 
 
 def unsupported(scores: Tensor, value: Tensor) -> str | None:
@@ -45,7 +40,7 @@ def unsupported(scores: Tensor, value: Tensor) -> str | None:
     head_dim = value.shape[3] // scores.shape[4]
     if head_dim > MOST_CHANNELS:
         return f"a head has {head_dim} channels, more than {MOST_CHANNELS}"
-    return _library().why_not
+    return LIBRARY.why_not
 
 
 class NativeProblem:
@@ -73,8 +68,7 @@ class NativeProblem:
         ]
         self.weight_rows = 0 if query_weight is None else query_weight.shape[0]
         self.threads = torch.get_num_threads()
-        self.library = _library()
-        floats = self.library.qna_floats(self.sizes, int(backward), self.threads)
+        floats = LIBRARY.qna_floats(self.sizes, int(backward), self.threads)
         self.memory = work.get("native", (floats,))
 
     def arguments(self) -> tuple:
@@ -94,7 +88,7 @@ def native_forward(
     work = Workspace(scores)
     problem = NativeProblem(scores, value, rel_pos_bias, query_weight, windows, work, False)
     out = scores.new_empty(len(scores), *windows.out_size(*scores.shape[1:3]), value.shape[3])
-    problem.library.qna_forward(problem.sizes, *problem.arguments(), address(out))
+    LIBRARY.qna_forward(problem.sizes, *problem.arguments(), address(out))
     work.release()
     return out
 
@@ -114,7 +108,7 @@ def native_backward(
     table = (windows.num_offsets, *scores.shape[3:])
     shapes = scores.shape, value.shape, table, table
     grads = tuple(scores.new_empty(shape) for shape in shapes)
-    problem.library.qna_backward(
+    LIBRARY.qna_backward(
         problem.sizes, address(grad), *problem.arguments(), *(address(x) for x in grads)
     )
     work.release()
