@@ -21,6 +21,8 @@ from arguments import parse_arguments
 from measuring import Call, Result, Timing, paired_ratio, quartiles
 from torch.profiler import ProfilerActivity, profile
 
+from qna_timm.ops.qna_native import LIBRARY
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "timm", "qna_timm", "triton", "natten")
 # Environment variables that change times on a CPU or a GPU.
@@ -88,6 +90,7 @@ def provenance(args: argparse.Namespace) -> dict[str, str]:
         "load": "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg()) + " at the start",
         "threads": str(torch.get_num_threads()),
         "versions": f"Python {platform.python_version()}, " + ", ".join(versions),
+        "compiled": LIBRARY.kind or "nothing",
         "commit": _commit(),
         "environment": " ".join(variables),
     }

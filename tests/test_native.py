@@ -1,6 +1,8 @@
 """Compiled functions: right for every shape and instruction set, within their memory, optional."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,13 @@ from ladders import needs_native
 from test_ops import error
 from torch import Tensor
 
-from qna_timm.ops import explain_qna_attention, native, qna_attention, qna_native
+from qna_timm.ops import (
+    explain_qna_attention,
+    native,
+    qna_attention,
+    qna_attn,
+    qna_native,
+)
 from qna_timm.ops.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +41,7 @@ SIZES = {
 
 def capabilities() -> list[str]:
     """PyTorch's words for instruction sets that this processor has."""
-    order = [*native.KINDS, "DEFAULT"]
+    order = list(native.KINDS)
     best = torch.backends.cpu.get_cpu_capability()
     return order[order.index(best) :] if best in order else ["DEFAULT"]
 
@@ -46,7 +54,7 @@ def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         pytest.skip(f"this processor has no {request.param}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
     library = native.load_library("qna", qna_native.VERSION, qna_native.FUNCTIONS)
-    assert library.why_not is None
+    assert (library.why_not, library.kind) == (None, native.KINDS[request.param])
     monkeypatch.setattr(qna_native, "LIBRARY", library)
     return request.param
 
@@ -151,11 +159,99 @@ def test_installs_without_a_compiler(tmp_path: Path) -> None:
     assert "qna_avx2" in done.stdout + done.stderr
 
 
+def test_compiled_where_there_is_a_compiler() -> None:
+    """Or everything here would be skipped for an error in the sources."""
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    assert qna_native.LIBRARY.why_not is None
+
+
+def test_the_best_of_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_native()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name.endswith("avx512") else find(name)
+    )
+    if "AVX2" not in capabilities() or "AVX2" not in torch.__config__.show():
+        pytest.skip("this processor has no AVX2")
+    assert native.load_library("qna", qna_native.VERSION, {}).kind == "avx2"
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-24, 1.0, 1e24, 1e30])
+@pytest.mark.parametrize("kind", ["ramp", "tower", "bias"])
+def test_gradients_of_any_size_over_wide_ranges(kind: str, scale: float) -> None:
+    needs_native()
+    gen = torch.Generator().manual_seed(0)
+    scores, value = torch.randn(1, 6, 64, 1, 1, generator=gen), torch.randn(1, 6, 64, 4)
+    bias, weight = torch.zeros(9, 1, 1), torch.randn(9, 1, 1, generator=gen)
+    if kind == "ramp":
+        scores -= torch.linspace(0, 50, 64).view(64, 1, 1)
+    elif kind == "tower":
+        scores[0, 3, 30] += 34
+    else:
+        bias[0] += 34  # which windows at two borders do without
+    tensors, args = [scores, value, bias, weight], ((3, 3), 1, 1)
+    direction = torch.randn(1, 6, 64, 4, generator=gen)
+
+    def grads(tensors: list[Tensor], direction: Tensor, impl: str) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        return torch.autograd.grad(qna_attention(*leaves, *args, impl), leaves, direction)
+
+    found = grads(tensors, direction * scale, "native")
+    wanted = grads([t.double() for t in tensors], direction.double(), "offsets")
+    for f, w in zip(found, wanted, strict=True):
+        assert (f.double() / scale - w).norm() <= 1e-3 * w.norm()
+
+
+def test_a_batch_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of many images at once and of a few at a time."""
+    needs_native()
+    tensors, args = problem("bands")
+    wanted = run(tensors, args)
+    monkeypatch.setattr(qna_attn, "NATIVE_NUMBERS", 1)
+    for found, other in zip(run(tensors, args), wanted, strict=True):
+        torch.testing.assert_close(found, other)
+
+
+def test_one_number_that_is_none(capability: str) -> None:
+    """It spoils the windows that see it, forward and backward, and no other."""
+    tensors, args = problem("bands")
+    tensors[0][0, 20, 20, 0, 0] = float("nan")
+    out, by_scores, by_value, *_ = run(tensors, args)
+    assert out[0, 19:22, 19:22, :8].isnan().all()
+    assert by_scores[0, 20, 20, 0, 0].isnan() and by_value[0, 20, 20, :8].isnan().all()
+    for found, reach in ((out, 1), (by_scores.flatten(3), 2), (by_value, 2)):
+        found[0, 20 - reach : 21 + reach, 20 - reach : 21 + reach] = 0
+        assert found.isfinite().all()
+
+
+def test_shapes_are_checked_where_memory_is_read() -> None:
+    """Also for callers of the registered operator, as scripts are."""
+    scores, value = torch.zeros(1, 8, 8, 1, 2), torch.zeros(1, 8, 8, 4)
+    operator = torch.ops.qna_timm.qna_attention
+    for args in (
+        (scores, value[:, :4], None, None, [3, 3], 1, 1),
+        (scores, value, torch.zeros(4, 1, 2), None, [3, 3], 1, 1),
+        (scores, value, None, torch.zeros(2, 1, 2), [3, 3], 1, 1),
+        (scores, value, None, None, [9, 9], 2, 0),
+        (scores, value[..., :0], None, None, [3, 3], 1, 1),
+        (scores[:, :0], value[:, :0], None, None, [3, 3], 1, 2),
+    ):
+        with pytest.raises(ValueError, match=r"must|does not fit"):
+            operator(*args, "auto")
+    with pytest.raises(ValueError, match="all tensors must be on the CPU"):
+        native.address(torch.zeros(1, device="meta"))
+
+
 def test_why_a_library_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "takes a C++ compiler" in native.load_library("nothing", 1, {}).why_not
     needs_native()
     assert "another version" in native.load_library("qna", 0, {}).why_not
-    assert "does not load" in native.load_library("qna", 1, {"qna_sideways": ([], None)}).why_not
+    assert (
+        "does not load"
+        in native.load_library("qna", qna_native.VERSION, {"qna_sideways": ([], None)}).why_not
+    )
     monkeypatch.setattr(qna_native, "LIBRARY", native.load_library("nothing", 1, {}))
     tensors, args = problem("bands")
     assert explain_qna_attention(*tensors, *args).impl == "depthwise"

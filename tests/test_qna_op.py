@@ -1,6 +1,7 @@
 """Learned-query attention as a PyTorch operator: ways to call, differentiate and record it."""
 
 import threading
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -288,6 +289,31 @@ def test_forward_mode() -> None:
         torch.func.hessian(partial(loss, impl=impl))(given[1]) for impl in ("auto", "offsets")
     ]
     torch.testing.assert_close(*hessians)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_compiled_transforms(kernel: int) -> None:
+    """Tangents and gradients inside and around compiled functions, also of one compiled before."""
+    gen = torch.Generator().manual_seed(0)
+    scores, tangent = torch.randn(2, 2, 5, 6, 2, 2, generator=gen)
+    value = torch.randn(2, 5, 6, 8, generator=gen)
+
+    def loss(scores: Tensor) -> Tensor:
+        out = qna_attention(scores, value, None, None, (kernel, kernel), 1, kernel // 2)
+        return out.square().sum()
+
+    def slope(scores: Tensor, loss: Callable[[Tensor], Tensor] = loss) -> Tensor:
+        return torch.func.jvp(loss, (scores,), (tangent,))[1]
+
+    compiled = partial(torch.compile, backend="aot_eager")
+    wanted = slope(scores)
+    assert wanted.abs() > 0.1
+    torch.testing.assert_close(compiled(slope)(scores), wanted)
+    plain = compiled(loss)
+    torch.testing.assert_close(plain(scores), loss(scores))
+    torch.testing.assert_close(slope(scores, plain), wanted)
+    gradient = torch.func.grad(loss)
+    torch.testing.assert_close(compiled(gradient)(scores), gradient(scores))
 
 
 @pytest.mark.usefixtures("ladder")

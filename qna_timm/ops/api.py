@@ -14,7 +14,8 @@ from qna_timm.ops import qna_native
 from qna_timm.ops.dispatch import Choice, against_triton, choose
 from qna_timm.ops.qna_attn import Problem
 from qna_timm.ops.qna_eager import qna_offsets
-from qna_timm.ops.qna_op import qna_operator
+from qna_timm.ops.qna_op import has_tangents, qna_operator
+from qna_timm.ops.qna_windows import check_problem
 from qna_timm.ops.reference import qna_attention_reference
 from qna_timm.ops.window_attn import tiled_window_attention
 
@@ -95,47 +96,6 @@ def learned_query_scores(
             return _folded_scores(x, key_weight, key_bias, query)
 
 
-def _check_qna(
-    scores: Tensor,
-    value: Tensor,
-    rel_pos_bias: Tensor | None,
-    query_weight: Tensor | None,
-    kernel_size: tuple[int, int],
-    stride: int,
-    padding: int,
-) -> None:
-    if scores.dim() != 5 or value.dim() != 4 or scores.shape[:3] != value.shape[:3]:
-        raise ValueError(
-            "scores must be [B, H, W, Q, h] and value [B, H, W, C] of the same B, H, W, "
-            f"got {list(scores.shape)} and {list(value.shape)}"
-        )
-    if value.shape[3] % scores.shape[4] != 0:
-        raise ValueError(
-            f"value's {value.shape[3]} channels must divide into scores' {scores.shape[4]} heads"
-        )
-    if min(kernel_size) < 1 or stride < 1 or padding < 0 or padding >= min(kernel_size):
-        raise ValueError(
-            "kernel_size and stride must be at least 1 and padding in 0..kernel_size-1, "
-            f"got {kernel_size}, {stride}, {padding}"
-        )
-    for axis in (0, 1):
-        if scores.shape[1 + axis] + 2 * padding < kernel_size[axis]:
-            raise ValueError(
-                f"a kernel of {kernel_size} with padding {padding} does not fit the map "
-                f"{list(scores.shape[1:3])}"
-            )
-    offsets = kernel_size[0] * kernel_size[1]
-    table = [offsets, scores.shape[3], scores.shape[4]]
-    if rel_pos_bias is not None and list(rel_pos_bias.shape) != table:
-        raise ValueError(
-            f"rel_pos_bias must be [K, Q, h] = {table}, got {list(rel_pos_bias.shape)}"
-        )
-    if query_weight is not None:
-        shape = list(query_weight.shape)
-        if shape != table and shape != [1, table[1], table[2]]:
-            raise ValueError(f"query_weight must be {table} or {[1, *table[1:]]}, got {shape}")
-
-
 def _widened(
     scores: Tensor, rel_pos_bias: Tensor | None, query_weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -200,7 +160,7 @@ def qna_attention(
     else:  # in so many words: the script compiler skips an else branch, not code that follows
         args = (scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
         if not torch.jit.is_tracing():  # sizes are tensors there
-            _check_qna(*args)
+            check_problem(*args)
         choice = _choose_qna(impl, *args)
         if choice.impl == "reference":
             return qna_attention_reference(*args).to(value.dtype)
@@ -230,8 +190,11 @@ def _choose_qna(impl: str, scores: Tensor, value: Tensor, *rest: Any) -> Choice:
         raise ValueError(f"impl must be one of {QNA_FORMS}, got {impl!r}")
     kernel_h, kernel_w = rest[2]
     few = kernel_h * kernel_w <= FUSED_OFFSETS
-    if impl == "auto" and few and _is_compiling() and qna_native.unsupported(scores, value):
-        return Choice("offsets", {"auto": "the compiler fuses so few offsets into one loop"})
+    if impl == "auto" and _is_compiling():
+        if has_tangents():
+            return Choice("offsets", {"auto": "compiled graphs have no tangents of operators"})
+        if few and qna_native.unsupported(scores, value):
+            return Choice("offsets", {"auto": "the compiler fuses so few offsets into one loop"})
 
     def unsupported() -> str | None:
         from qna_timm.ops import qna_triton  # an optional package
@@ -260,7 +223,7 @@ def explain_qna_attention(
     """
     scores, rel_pos_bias, query_weight = _widened(scores, rel_pos_bias, query_weight)
     args = (scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
-    _check_qna(*args)
+    check_problem(*args)
     choice = _choose_qna("auto", *args)
     if choice.impl != "auto":
         return choice

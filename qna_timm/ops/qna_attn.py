@@ -15,11 +15,13 @@ from qna_timm.ops.qna_exact import exact_backward, exact_forward
 from qna_timm.ops.qna_fourier import FourierSums
 from qna_timm.ops.qna_native import native_backward, native_forward, unsupported
 from qna_timm.ops.qna_sums import Tables, WindowSums
-from qna_timm.ops.qna_windows import Windows
+from qna_timm.ops.qna_windows import Windows, check_problem
 
 # Channels of all queries and tokens at a time: what caches hold on a CPU, enough to fill a GPU.
 CPU_NUMBERS = 2**20
 GPU_NUMBERS = 2**27
+# The same for compiled functions, which see to caches themselves: some 50 MiB in backward.
+NATIVE_NUMBERS = 2**24
 # Offsets of a window from which Fourier transforms take less time than convolutions, and where
 # convolutions without gradients are faster for longer.
 FOURIER_OFFSETS = 169
@@ -47,6 +49,8 @@ class Problem:
         """Arguments as in `qna_attention`, impl one of `FORMS`."""
         if impl not in FORMS:
             raise ValueError(f"impl must be one of {FORMS}, got {impl!r}")
+        window = (tuple(kernel_size), stride, padding)
+        check_problem(scores, value, rel_pos_bias, query_weight, *window)
         self.against_native = unsupported(scores, value)
         if impl == "native" and self.against_native is not None:
             raise ValueError(f"impl='native' cannot compute this: {self.against_native}")
@@ -59,7 +63,7 @@ class Problem:
         elif self.on_cpu and not backward:
             kind = torch.backends.cpu.get_cpu_capability()
             self.least_fourier = FOURIER_OFFSETS_FORWARD.get(kind, FOURIER_OFFSETS)
-        self.windows = Windows(tuple(kernel_size), stride, padding)
+        self.windows = Windows(*window)
         self.parameters = (rel_pos_bias, query_weight)
         self.size = tuple(scores.shape[1:3])
         self.out_size = self.windows.out_size(*self.size)
@@ -104,7 +108,9 @@ class Problem:
         """Images to compute at a time."""
         batch, height, width, channels = self.value.shape
         numbers = max(1, height * width * channels * self.scores.shape[3])
-        most = CPU_NUMBERS if self.value.device.type == "cpu" else GPU_NUMBERS
+        most = CPU_NUMBERS if self.on_cpu else GPU_NUMBERS
+        if self.is_native:
+            most = NATIVE_NUMBERS
         step = max(1, most // numbers)
         for start in range(0, batch, step):
             yield slice(start, min(start + step, batch))
@@ -164,7 +170,7 @@ class Problem:
 
 def _power_of_two(grad: Tensor) -> float:
     """What gradients are divided by so that their squares are numbers: 1 for most."""
-    top = float(grad.abs().amax()) if grad.numel() else 0.0
+    top = max(map(abs, map(float, grad.aminmax()))) if grad.numel() else 0.0
     if top == 0.0 or not math.isfinite(top) or 1e-9 < top < 1e9:
         return 1.0
     return 2.0 ** min(max(math.frexp(top)[1], -100), 100)
@@ -207,18 +213,18 @@ def backward(
     problem = Problem(
         scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding, impl, True
     )
-    if problem.is_native:
-        grads = native_backward(grad, scores, value, *problem.parameters, problem.windows)
-        by_scores, by_value, by_bias, by_weight = grads
+    parts = [*problem.parts()]
+    if problem.is_native and len(parts) == 1:
+        by_scores, by_value, by_bias, by_weight = problem.backward(grad, parts[0])
         if query_weight is not None:
             by_weight = by_weight.sum_to_size(query_weight.shape)
-        return by_scores, by_value.to(value.dtype), by_bias, by_weight
+        return by_scores, by_value.flatten(3).to(value.dtype), by_bias, by_weight
     grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
     grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
     grad_bias, grad_weight = scores.new_zeros(problem.table), scores.new_zeros(problem.table)
     by_head = grad_value.unflatten(3, (scores.shape[4], -1))
     with problem:
-        for images in problem.parts():
+        for images in parts:
             grad_scores[images], by_head[images], bias, weight = problem.backward(grad, images)
             grad_bias += bias
             grad_weight += weight

@@ -14,8 +14,8 @@ from qna_timm.ops.native import address, load_library
 from qna_timm.ops.qna_windows import Windows
 from qna_timm.ops.workspace import Workspace
 
-# Of `native/qna.cpp`.
-VERSION = 1
+# Of `native/qna.cpp`; to be raised on both sides with every change of what is compiled.
+VERSION = 2
 MOST_CHANNELS = 64
 
 _POINTER = ctypes.c_void_p
@@ -68,7 +68,7 @@ class NativeProblem:
         ]
         self.weight_rows = 0 if query_weight is None else query_weight.shape[0]
         self.threads = torch.get_num_threads()
-        floats = LIBRARY.qna_floats(self.sizes, int(backward), self.threads)
+        floats = LIBRARY.functions["qna_floats"](self.sizes, int(backward), self.threads)
         self.memory = work.get("native", (floats,))
 
     def arguments(self) -> tuple:
@@ -88,7 +88,7 @@ def native_forward(
     work = Workspace(scores)
     problem = NativeProblem(scores, value, rel_pos_bias, query_weight, windows, work, False)
     out = scores.new_empty(len(scores), *windows.out_size(*scores.shape[1:3]), value.shape[3])
-    LIBRARY.qna_forward(problem.sizes, *problem.arguments(), address(out))
+    LIBRARY.functions["qna_forward"](problem.sizes, *problem.arguments(), address(out))
     work.release()
     return out
 
@@ -108,7 +108,7 @@ def native_backward(
     table = (windows.num_offsets, *scores.shape[3:])
     shapes = scores.shape, value.shape, table, table
     grads = tuple(scores.new_empty(shape) for shape in shapes)
-    LIBRARY.qna_backward(
+    LIBRARY.functions["qna_backward"](
         problem.sizes, address(grad), *problem.arguments(), *(address(x) for x in grads)
     )
     work.release()

@@ -239,9 +239,14 @@ def _moved(function: Callable[..., Any], inputs: tuple[Tensor | None, ...], tang
         return torch.func.jvp(of_moving, primals, steps)[1]
 
 
+def has_tangents() -> bool:
+    """Whether forward-mode derivatives may be taken."""
+    return forward_ad._current_level >= 0
+
+
 def _is_transformed() -> bool:
     """Whether derivatives may be taken though gradients are off: forward-mode, `torch.func`."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or has_tangents()
 
 
 def qna_operator(

@@ -10,6 +10,57 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def check_problem(
+    scores: Tensor,
+    value: Tensor,
+    rel_pos_bias: Tensor | None,
+    query_weight: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: int,
+    padding: int,
+) -> None:
+    """Arguments as in `qna_attention`.
+
+    Raises:
+        ValueError: shapes that do not go together.
+    """
+    if scores.dim() != 5 or value.dim() != 4 or scores.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            "scores must be [B, H, W, Q, h] and value [B, H, W, C] of the same B, H, W, "
+            f"got {list(scores.shape)} and {list(value.shape)}"
+        )
+    if 0 in scores.shape[1:] or value.shape[3] == 0:
+        raise ValueError(
+            "scores must have tokens, queries and heads, and value channels, "
+            f"got {list(scores.shape)} and {list(value.shape)}"
+        )
+    if value.shape[3] % scores.shape[4] != 0:
+        raise ValueError(
+            f"value's {value.shape[3]} channels must divide into scores' {scores.shape[4]} heads"
+        )
+    if min(kernel_size) < 1 or stride < 1 or padding < 0 or padding >= min(kernel_size):
+        raise ValueError(
+            "kernel_size and stride must be at least 1 and padding in 0..kernel_size-1, "
+            f"got {kernel_size}, {stride}, {padding}"
+        )
+    for axis in (0, 1):
+        if scores.shape[1 + axis] + 2 * padding < kernel_size[axis]:
+            raise ValueError(
+                f"a kernel of {kernel_size} with padding {padding} does not fit the map "
+                f"{list(scores.shape[1:3])}"
+            )
+    offsets = kernel_size[0] * kernel_size[1]
+    table = [offsets, scores.shape[3], scores.shape[4]]
+    if rel_pos_bias is not None and list(rel_pos_bias.shape) != table:
+        raise ValueError(
+            f"rel_pos_bias must be [K, Q, h] = {table}, got {list(rel_pos_bias.shape)}"
+        )
+    if query_weight is not None:
+        shape = list(query_weight.shape)
+        if shape != table and shape != [1, table[1], table[2]]:
+            raise ValueError(f"query_weight must be {table} or {[1, *table[1:]]}, got {shape}")
+
+
 def window_max(scores: Tensor, kernel_size: tuple[int, int], stride: int) -> Tensor:
     """Maximum of framed scores [n, H+2p, W+2p, Q, h] over every window, [n, Y, X, Q, h]."""
     num_heads = scores.shape[-1]

@@ -14,6 +14,7 @@ import torch
 import torchvision
 
 import qna_timm
+from qna_timm.ops.qna_native import LIBRARY
 from qna_timm.training.data_print import fingerprint
 from qna_timm.training.errors import UsageError
 from qna_timm.training.flags import flags_by_key
@@ -56,13 +57,14 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def _hardware(device: torch.device) -> str:
-    """What the last bits of results depend on besides: ``cpu AVX2, 2 threads``, ``NVIDIA H100``."""
+    """What the last bits of results depend on besides: ``NVIDIA H100``, ``cpu AVX2, 2 threads``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"cpu {capability}, {torch.get_num_threads()} threads"
+    compiled = f" with compiled attention ({LIBRARY.kind})" if LIBRARY.kind else ""
+    return f"cpu {capability}{compiled}, {torch.get_num_threads()} threads"
 
 
 def differences(

@@ -7,30 +7,53 @@ finds a compiler. The libraries know neither Python nor PyTorch: they are called
 import ctypes
 import importlib.util
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Instruction sets in `torch.backends.cpu.get_cpu_capability`'s words, and the modules for them.
-KINDS = {"AVX512": "avx512", "AVX2": "avx2"}
-BASELINE = "baseline"
+# Instruction sets in `torch.backends.cpu.get_cpu_capability`'s words, and modules for them, best
+# first; the last is for any processor.
+KINDS = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "baseline"}
 
 
+@dataclass(frozen=True)
 class Library:
-    """Functions of a library as attributes, or why there are none."""
+    """Functions by name, or why there are none.
 
-    def __init__(self, why_not: str | None, **functions: Callable[..., Any]) -> None:
-        self.why_not = why_not
-        self.__dict__.update(functions)
+    Args:
+        why_not: None for a library that serves.
+        kind: The instruction set that it was compiled for.
+        functions: What can be called.
+    """
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        raise AttributeError(f"no compiled function {name!r}: {self.why_not}")
+    why_not: str | None
+    kind: str = ""
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def address(x: Tensor | None) -> int | None:
-    """Of a tensor's first number; None is a null pointer."""
-    return None if x is None else x.data_ptr()
+    """Of a tensor's first number; None is a null pointer.
+
+    Raises:
+        ValueError: it is in the memory of another device.
+    """
+    if x is None:
+        return None
+    if x.device.type != "cpu":
+        raise ValueError(f"all tensors must be on the CPU as the map is, got one on {x.device}")
+    return x.data_ptr()
+
+
+def _find(name: str) -> tuple[str, str] | None:
+    """The best kind that fits the processor of those that were compiled, and its file."""
+    kinds, capability = list(KINDS), torch.backends.cpu.get_cpu_capability()
+    for kind in kinds[kinds.index(capability) if capability in kinds else -1 :]:
+        spec = importlib.util.find_spec(f"{__name__}.{name}_{KINDS[kind]}")
+        if spec is not None and spec.origin is not None:
+            return KINDS[kind], spec.origin
+    return None
 
 
 def load_library(
@@ -44,15 +67,15 @@ def load_library(
             older one.
         functions: Names, types of arguments and of results.
     """
-    kind = KINDS.get(torch.backends.cpu.get_cpu_capability(), BASELINE)
-    spec = importlib.util.find_spec(f"{__name__}.{name}_{kind}")
-    if spec is None or spec.origin is None:
+    found = _find(name)
+    if found is None:
         return Library("nothing was compiled when qna_timm was installed; it takes a C++ compiler")
+    kind, path = found
     try:
-        library = ctypes.CDLL(spec.origin)
-        found = getattr(library, f"{name}_version")
-        found.restype = ctypes.c_int64
-        if found() != version:
+        library = ctypes.CDLL(path)
+        stated = getattr(library, f"{name}_version")
+        stated.restype = ctypes.c_int64
+        if stated() != version:
             return Library("it is of another version of qna_timm; install the package anew")
         loaded = {}
         for function, (arguments, result) in functions.items():
@@ -60,4 +83,4 @@ def load_library(
             loaded[function].argtypes, loaded[function].restype = arguments, result
     except (OSError, AttributeError) as error:
         return Library(f"it does not load: {error}")
-    return Library(None, **loaded)
+    return Library(None, kind, loaded)

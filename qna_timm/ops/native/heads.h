@@ -9,9 +9,10 @@
 
 namespace qna {
 
-// Range of scores and bias of a map up to which one maximum serves it all: e^-60 and its products
-// are ordinary numbers. Beyond, every window is shifted by its own.
-constexpr float SHARED_RANGE = 60.0f;
+// Range of scores and bias of a map up to which one maximum serves it all: a factor of e^-40 or e^40
+// leaves gradients and values of ordinary size ordinary numbers. Beyond, every window is shifted by
+// its own.
+constexpr float SHARED_RANGE = 40.0f;
 
 // Factors of an offset: with one maximum for a map, and with one for each window.
 enum Table { BELOW, ABOVE, BIAS, ONES, WEIGHT, TABLES };
@@ -98,7 +99,7 @@ inline void find_shifts(const Problem &p, const float *scores, const float *rang
     }
     for (int64_t pair = 0; pair < p.pairs; pair++) {
         const float range = high[pair] - low[pair] + ranges[pair];
-        exact[pair] = !(range <= SHARED_RANGE);  // so for NaN
+        exact[pair] = !(range <= SHARED_RANGE);  // also where it is not a number
     }
 }
 
