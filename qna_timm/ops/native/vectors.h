@@ -28,7 +28,7 @@ inline void store(float *to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
 inline Vec splat(float x) { return x + Vec{}; }
 
-// NaN of either stays NaN nowhere but in `a`: a maximum is a shift only.
+// A NaN in `b` is passed over: maxima are shifts only, and it comes back with its exponential.
 inline Vec larger(Vec a, Vec b) { return b > a ? b : a; }
 
 inline Vec magnitude(Vec v) { return v < 0.0f ? -v : v; }
