@@ -22,12 +22,12 @@ setup(
         Extension(
             f"{FOLDER.replace('/', '.')}.{name}_{kind}",
             [f"{FOLDER}/{name}.cpp"],
-            depends=sorted(glob(f"{FOLDER}/*.h")),
+            depends=sorted(glob(f"{FOLDER}/**/*.h", recursive=True)),
             extra_compile_args=COMMON + flags,
             language="c++",
             optional=True,
         )
-        for name in ("qna",)
+        for name in ("qna", "span")
         for kind, flags in FLAGS.items()
     ]
 )

@@ -6,16 +6,17 @@
 
 One layer, 64 channels, 4 heads, on maps of 50 x 32 x 32, float32, forward and forward + backward:
 
-    tiles      SpanAttention
+    native     SpanAttention by compiled functions, on a CPU
+    tiles      SpanAttention in PyTorch's operators
     offsets    the same, offset by offset through autograd
     unfold     tests/span_reference.py: the released formulation, [B, C, H, W, k, k] keys
     triton     SpanAttention's Triton kernels, on a GPU
     halo       timm's HaloAttn, blocks of 8 x 8 that see the window around each of their positions
 
---models adds the training step of sa_resnet_medium_adaptive, of sa_resnet_medium_local, and of both
-with unfolded keys. One process, rounds interleaved: medians of wall time with quartiles, and of
-processor time. Peak memory is what a process of its own needs for a training step beyond what it
-had before. --profile prints where a step spends its time.
+--models adds sa_resnet_medium_adaptive and sa_resnet_medium_local, as 'auto' computes them, in
+tiles, and with unfolded keys. One process, rounds interleaved: medians of wall time with quartiles,
+and of processor time. Peak memory is what a process of its own needs for a training step beyond
+what it had before. --profile prints where a step spends its time.
 """
 
 import argparse
@@ -34,12 +35,14 @@ from torch import nn
 
 import qna_timm  # noqa: F401  registers the models
 from qna_timm.layers import SpanAttention
+from qna_timm.ops.span_native import unsupported
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from span_reference import UnfoldedAttention
 
 BATCH, CHANNELS, HEADS, SIZE = 50, 64, 4, 32
-LAYERS = ("tiles", "offsets", "unfold", "halo", "triton")
+LAYERS = ("native", "tiles", "offsets", "unfold", "halo", "triton")
+NETWORKS = ("auto", "tiles", "unfold")
 MODELS = ("sa_resnet_medium_adaptive", "sa_resnet_medium_local")
 QUICK = {"kernels": [3], "batch": 1, "rounds": 1}
 
@@ -56,14 +59,15 @@ def make_layer(form: str, kernel_size: int) -> nn.Module:
 
 
 def make_model(name: str, form: str) -> nn.Module:
-    """A network by name, with unfolded keys if form says so."""
+    """A network by name, its attention as form says."""
     torch.manual_seed(0)
     model = timm.create_model(name)
-    if form == "unfold":
-        for parent in list(model.modules()):
-            for child, layer in parent.named_children():
-                if isinstance(layer, SpanAttention):
-                    setattr(parent, child, UnfoldedAttention(layer))
+    for parent in list(model.modules()):
+        for child, layer in parent.named_children():
+            if isinstance(layer, SpanAttention) and form == "unfold":
+                setattr(parent, child, UnfoldedAttention(layer))
+            elif isinstance(layer, SpanAttention):
+                layer.impl = form
     return model
 
 
@@ -115,17 +119,23 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _serves(form: str, device: str) -> bool:
+    if form == "native":
+        return unsupported(torch.empty(0, device=device)) is None
+    return form != "triton" or device != "cpu"
+
+
 def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
     """Rows of each kernel size, then of whole networks."""
-    forms = args.forms or LAYERS[: -1 if args.device == "cpu" else None]
+    forms = args.forms or [form for form in LAYERS if _serves(form, args.device)]
     cases = {str(kernel_size): forms for kernel_size in args.kernels}
     if args.models:
-        cases.update({model: ("tiles", "unfold") for model in MODELS})
+        cases.update({model: NETWORKS for model in MODELS})
     for case, names in cases.items():
         yield rows_of(case, names, args)
         if args.profile:
             title = f"{f'kernel {case}' if case.isdigit() else case}, step"
-            print_profile(title, make_call(case, "tiles", "step", args), args.device)
+            print_profile(title, make_call(case, names[0], "step", args), args.device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from arguments import parse_arguments
 from measuring import Call, Result, Timing, paired_ratio, quartiles
 from torch.profiler import ProfilerActivity, profile
 
-from qna_timm.ops.qna_native import LIBRARY
+from qna_timm.ops.compiled import compiled_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "timm", "qna_timm", "triton", "natten")
@@ -90,7 +90,7 @@ def provenance(args: argparse.Namespace) -> dict[str, str]:
         "load": "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg()) + " at the start",
         "threads": str(torch.get_num_threads()),
         "versions": f"Python {platform.python_version()}, " + ", ".join(versions),
-        "compiled": LIBRARY.kind or "nothing",
+        "compiled": compiled_attention() or "nothing",
         "commit": _commit(),
         "environment": " ".join(variables),
     }

@@ -9,7 +9,7 @@ PYTHON=$venv/bin/python
 
 # The installation is good while the files that describe it, those it compiles, and their folder
 # are the same; 'dev' holds the other extras.
-stamp=$(cat setup.* pyproject.toml qna_timm/ops/native/*.{cpp,h} <(realpath setup.cfg) | cksum)
+stamp=$(cat setup.* pyproject.toml qna_timm/ops/native/{*.cpp,*.h,*/*.h} <(realpath setup.cfg) | cksum)
 if [ ! -x "$PYTHON" ] || ! grep -qsx -e "$stamp $extras" -e "$stamp dev" "$venv/.qna_timm"; then
     base=${QNA_TIMM_PYTHON:-}
     if [ -z "$base" ]; then

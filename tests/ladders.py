@@ -2,20 +2,61 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from qna_timm.ops import qna_attn
-from qna_timm.ops.qna_native import unsupported
+from qna_timm.ops import native, qna_attn, qna_native, span_native
+from qna_timm.ops.workspace import Workspace
 
 SWITCHED_OFF = "a test has switched it off"
 
 
 def needs_native() -> None:
     """Skips a test where nothing was compiled."""
-    against = unsupported(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
-    if against is not None:
-        pytest.skip(against)
+    for library in (qna_native.LIBRARY, span_native.LIBRARY):
+        if library.why_not is not None:
+            pytest.skip(library.why_not)
 
 
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where nothing was compiled."""
     monkeypatch.setattr(qna_attn, "unsupported", lambda *_: SWITCHED_OFF)
+    monkeypatch.setattr(span_native, "unsupported", lambda *_: SWITCHED_OFF)
+
+
+def capabilities() -> list[str]:
+    """PyTorch's words for instruction sets that this processor has."""
+    order = list(native.KINDS)
+    best = torch.backends.cpu.get_cpu_capability()
+    return order[order.index(best) :] if best in order else ["DEFAULT"]
+
+
+def compiled_for(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the functions compiled for an instruction set; skips where they cannot run."""
+    needs_native()
+    if capability not in capabilities():
+        pytest.skip(f"this processor has no {capability}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for name, module in (("qna", qna_native), ("span", span_native)):
+        library = native.load_library(name, module.VERSION, module.FUNCTIONS)
+        assert (library.why_not, library.kind) == (None, native.KINDS[capability])
+        monkeypatch.setattr(module, "LIBRARY", library)
+
+
+def guard_memory(monkeypatch: pytest.MonkeyPatch, margin: int = 4096) -> list[Tensor]:
+    """Hands compiled functions memory without a number in it; what lies around it must stay so."""
+    handed = []
+
+    def get(self: Workspace, name: str, shape: tuple[int, ...]) -> Tensor:
+        memory = torch.full((shape[0] + 2 * margin,), float("nan"))
+        handed.append(memory)
+        return memory[margin:-margin]
+
+    monkeypatch.setattr(Workspace, "get", get)
+    return handed
+
+
+def untouched(handed: list[Tensor], margin: int = 4096) -> bool:
+    """Whether nothing was written around handed memory."""
+    return all(
+        bool(memory[:margin].isnan().all() and memory[-margin:].isnan().all()) for memory in handed
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ladders import needs_native
+from ladders import guard_memory, needs_native, untouched
 from test_ops import error
 from torch import Tensor
 
@@ -19,8 +19,8 @@ from qna_timm.ops import (
     qna_attention,
     qna_attn,
     qna_native,
+    span_native,
 )
-from qna_timm.ops.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
 # H, W, queries, heads, head_dim, kernel, stride, padding: vectors, bands and groups of heads that
@@ -37,26 +37,6 @@ SIZES = {
     "all-padding": (1, 1, 3, 1, 8, (7, 7), 1, 3),
     "a-row": (1, 200, 2, 2, 8, (1, 3), 1, 0),
 }
-
-
-def capabilities() -> list[str]:
-    """PyTorch's words for instruction sets that this processor has."""
-    order = list(native.KINDS)
-    best = torch.backends.cpu.get_cpu_capability()
-    return order[order.index(best) :] if best in order else ["DEFAULT"]
-
-
-@pytest.fixture(params=["AVX512", "AVX2", "DEFAULT"])
-def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Functions compiled for an instruction set."""
-    needs_native()
-    if request.param not in capabilities():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    library = native.load_library("qna", qna_native.VERSION, qna_native.FUNCTIONS)
-    assert (library.why_not, library.kind) == (None, native.KINDS[request.param])
-    monkeypatch.setattr(qna_native, "LIBRARY", library)
-    return request.param
 
 
 def problem(size: str, spread: float = 1.0) -> tuple[list[Tensor], tuple]:
@@ -112,19 +92,10 @@ def test_stays_within_its_memory(
     """Nothing is read that was not written before, and nothing written beyond the end."""
     tensors, args = problem(size)
     wanted = run(tensors, args)
-    margin, handed = 4096, []
-
-    def get(self: Workspace, name: str, shape: tuple[int, ...]) -> Tensor:
-        memory = torch.full((shape[0] + 2 * margin,), float("nan"))
-        handed.append(memory)
-        return memory[margin:-margin]
-
-    monkeypatch.setattr(Workspace, "get", get)
+    handed = guard_memory(monkeypatch)
     for one, other in zip(run(tensors, args), wanted, strict=True):
         assert torch.equal(one, other)
-    assert len(handed) == 2
-    for memory in handed:
-        assert memory[:margin].isnan().all() and memory[-margin:].isnan().all()
+    assert len(handed) == 2 and untouched(handed)
 
 
 def test_what_it_does_not_compute() -> None:
@@ -156,14 +127,14 @@ def test_installs_without_a_compiler(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert not [*tmp_path.rglob("*.so")]
-    assert "qna_avx2" in done.stdout + done.stderr
+    assert all(name in done.stdout + done.stderr for name in ("qna_avx2", "span_avx2"))
 
 
 def test_compiled_where_there_is_a_compiler() -> None:
     """Or everything here would be skipped for an error in the sources."""
     if sys.platform != "linux" or shutil.which("g++") is None:
         pytest.skip("no g++ here")
-    assert qna_native.LIBRARY.why_not is None
+    assert (qna_native.LIBRARY.why_not, span_native.LIBRARY.why_not) == (None, None)
 
 
 def test_the_best_of_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ def test_smaller_spans_compute_less() -> None:
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.qna_timm.span_tiles.default:
+            if function is torch.ops.qna_timm.span_attention.default:
                 sizes.append(args[1].shape[1])
             return function(*args, **(kwargs or {}))
 

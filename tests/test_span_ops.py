@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden import relative_error
+from ladders import needs_native
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +20,7 @@ CASES = [
     (3, 8, 8, 6, 3, 1, False, "none"),
     (1, 2, 13, 4, 2, 11, False, "holes"),
 ]
+ORDER = ("qkv", "rel_pos_h", "rel_pos_w", "mask", "floor", "num_heads", "mask_padding", "scale")
 
 
 def problem(case: tuple, floor: float = 1e-2, dtype: torch.dtype = torch.float64) -> dict:
@@ -61,6 +63,14 @@ def agree(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
     for one, other in zip(found, wanted, strict=True):
         size = max(float(other.abs().max()), 1e-8)
         assert float((one.double() - other).abs().max()) <= tolerance * size
+
+
+@pytest.fixture(params=["tiles", "native"])
+def by_hand(request: pytest.FixtureRequest) -> str:
+    """A form whose gradients are written by hand."""
+    if request.param == "native":
+        needs_native()
+    return request.param
 
 
 @pytest.mark.parametrize("floor", [0.0, 1e-2], ids=["plain", "floor"])
@@ -108,7 +118,7 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["none", "holes"])
-def test_large_scores(dtype: torch.dtype, kind: str) -> None:
+def test_large_scores(dtype: torch.dtype, kind: str, by_hand: str) -> None:
     """Scores of +-1e4, and one that towers over a map: finite, and right where they are exact."""
     arguments = problem((1, 6, 7, 4, 2, 5, False, kind), 1e-8)
     arguments["scale"] = 1.0
@@ -119,7 +129,7 @@ def test_large_scores(dtype: torch.dtype, kind: str) -> None:
     arguments["qkv"] = qkv
     tables = {name: arguments[name].round() for name in ("rel_pos_h", "rel_pos_w")}
     arguments.update(tables)
-    found = run(arguments, "tiles", dtype)
+    found = run(arguments, by_hand, dtype)
     assert all(torch.isfinite(x).all() for x in found)
     wanted = run(arguments, "reference")
     epsilon = max(torch.finfo(dtype).eps, 1e-5)
@@ -127,18 +137,17 @@ def test_large_scores(dtype: torch.dtype, kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision(dtype: torch.dtype) -> None:
+def test_low_precision(dtype: torch.dtype, by_hand: str) -> None:
     """Twice the error at most of the offsets computed in that type, outputs and gradients."""
     arguments = problem((2, 9, 9, 16, 2, 5, False, "positive"))
     wanted = run(arguments, "reference")
-    found = run(arguments, "tiles", dtype)
+    found = run(arguments, by_hand, dtype)
     low = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     low = {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in low.items()}
-    order = ("qkv", "rel_pos_h", "rel_pos_w", "mask", "floor", "num_heads", "mask_padding", "scale")
-    out = span_offsets(*(low[name] for name in order))
+    out = span_offsets(*(low[name] for name in ORDER))
     make = torch.Generator().manual_seed(1)
     direction = torch.randn(out.shape, generator=make, dtype=torch.float64)
-    leaves = [low[name] for name in order[:4]]
+    leaves = [low[name] for name in ORDER[:4]]
     plain = [out.detach(), *torch.autograd.grad((out * direction).sum(), leaves)]
     for one, other, right in zip(found, plain, wanted, strict=True):
         rounding = torch.finfo(dtype).eps * float(right.abs().max())
@@ -146,9 +155,9 @@ def test_low_precision(dtype: torch.dtype) -> None:
         assert error <= 2 * float((other.double() - right).abs().max()) + rounding
 
 
-def test_other_layouts() -> None:
-    arguments = problem((2, 8, 6, 8, 2, 5, False, "positive"))
-    wanted = run(arguments, "tiles")
+def test_other_layouts(by_hand: str) -> None:
+    arguments = problem((2, 8, 6, 8, 2, 5, False, "positive"), dtype=torch.float32)
+    wanted = run(arguments, by_hand, torch.float32)
     qkv = arguments["qkv"]
     for view in (
         qkv.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
@@ -156,8 +165,8 @@ def test_other_layouts() -> None:
         qkv.transpose(1, 2).contiguous().transpose(1, 2),
     ):
         assert not view.is_contiguous()
-        agree(run({**arguments, "qkv": view}, "tiles"), wanted, 1e-12)
-    empty = span_attention(**{**arguments, "qkv": qkv[:0]})
+        agree(run({**arguments, "qkv": view}, by_hand, torch.float32), wanted, 1e-6)
+    empty = span_attention(**{**arguments, "qkv": qkv[:0]}, impl=by_hand)
     assert empty.shape == (0, 8, 6, 8)
 
 
@@ -189,17 +198,16 @@ def test_largest_temporary() -> None:
     assert largest < 4 * 16 * 4 * 32 * 32 * 49 / 2
 
 
-def test_registered_operators() -> None:
+def test_registered_operators(by_hand: str) -> None:
     """torch.library's own checks, and transforms that see the operator."""
-    arguments = problem((2, 5, 6, 8, 2, 3, False, "positive"))
-    order = ("qkv", "rel_pos_h", "rel_pos_w", "mask", "floor", "num_heads", "mask_padding", "scale")
-    flat = tuple(arguments[name] for name in order)
+    dtype = torch.float64 if by_hand == "tiles" else torch.float32
+    arguments = problem((2, 5, 6, 8, 2, 3, False, "positive"), dtype=dtype)
+    flat = (*(arguments[name] for name in ORDER), by_hand)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.qna_timm.span_tiles.default, flat, test_utils=tests)
-    backward = (torch.randn_like(torch.ops.qna_timm.span_tiles(*flat)), *flat)
-    torch.library.opcheck(
-        torch.ops.qna_timm.span_tiles_backward.default, backward, test_utils=tests
-    )
+    operators = torch.ops.qna_timm
+    torch.library.opcheck(operators.span_attention.default, flat, test_utils=tests)
+    backward = (torch.randn_like(operators.span_attention(*flat)), *flat)
+    torch.library.opcheck(operators.span_attention_backward.default, backward, test_utils=tests)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -234,12 +242,12 @@ def test_compiled() -> None:
     assert torch.allclose(torch.autograd.grad(compiled(qkv), qkv)[0], wanted)
 
 
-def test_autocast_stops() -> None:
+def test_autocast_stops(by_hand: str) -> None:
     """Nothing inside is computed in half precision, forward or backward."""
     arguments = problem((2, 9, 9, 16, 2, 5, False, "positive"), dtype=torch.float32)
-    wanted = run(arguments, "tiles", torch.float32)
+    wanted = run(arguments, by_hand, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        agree(run(arguments, "tiles", torch.float32), wanted, 1e-12)
+        agree(run(arguments, by_hand, torch.float32), wanted, 1e-12)
         agree([span_attention(**arguments, impl="offsets")], wanted[:1], 1e-5)
 
 
@@ -266,10 +274,12 @@ def test_meta() -> None:
     [
         ({"rel_pos_h": torch.zeros(8, 4)}, "odd k, got [8, 4]"),
         ({"qkv": torch.zeros(1, 4, 4, 20)}, "qkv must be [B, H, W, 24], got [1, 4, 4, 20]"),
+        ({"qkv": torch.zeros(1, 0, 4, 24)}, "must have positions and channels, got [1, 0, 4, 24]"),
         ({"num_heads": 3}, "num_heads must divide the 8 channels, got 3"),
         ({"mask": torch.ones(2, 8)}, "mask must be [2, 9], got [2, 8]"),
         ({"mask": None, "floor": torch.ones(9)}, "come with a mask"),
         ({"impl": "tile"}, "impl must be one of"),
+        ({"impl": "native"}, "impl='native' cannot compute this: it computes in float32, qkv is "),
     ],
 )
 def test_errors(change: dict, words: str) -> None:

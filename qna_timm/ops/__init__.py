@@ -17,13 +17,14 @@ from qna_timm.ops.reference import (
     span_attention_reference,
 )
 from qna_timm.ops.resize import resize_offset_table
-from qna_timm.ops.span_api import span_attention
+from qna_timm.ops.span_api import explain_span_attention, span_attention
 from qna_timm.ops.span_attn import ring_index, ring_weights
 
 __all__ = [
     "class_attention",
     "class_attention_reference",
     "explain_qna_attention",
+    "explain_span_attention",
     "gram_matrix",
     "gram_triangle",
     "gram_triangle_reference",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qna_timm.ops import qna_native
 from qna_timm.ops.qna_depthwise import depthwise_sums
 from qna_timm.ops.qna_exact import exact_backward, exact_forward
 from qna_timm.ops.qna_fourier import FourierSums
@@ -26,8 +27,8 @@ NATIVE_NUMBERS = 2**24
 # convolutions without gradients are faster for longer.
 FOURIER_OFFSETS = 169
 FOURIER_OFFSETS_FORWARD = {"AVX512": 400}
-# The same beside compiled functions: forward, backward.
-FOURIER_OFFSETS_NATIVE = 600, 300
+# The same beside compiled functions, by what they were compiled for: forward, backward.
+FOURIER_OFFSETS_NATIVE = {"avx512": (1000, 300), "avx2": (500, 250), "baseline": (150, 120)}
 FORMS = ("auto", "native", "depthwise", "fft", "exact")
 
 
@@ -59,7 +60,7 @@ class Problem:
         self.on_cpu, self.is_backward = value.device.type == "cpu", backward
         self.least_fourier = FOURIER_OFFSETS
         if self.has_native:
-            self.least_fourier = FOURIER_OFFSETS_NATIVE[backward]
+            self.least_fourier = FOURIER_OFFSETS_NATIVE[qna_native.LIBRARY.kind][backward]
         elif self.on_cpu and not backward:
             kind = torch.backends.cpu.get_cpu_capability()
             self.least_fourier = FOURIER_OFFSETS_FORWARD.get(kind, FOURIER_OFFSETS)

@@ -6,44 +6,20 @@ Letters: B batch, H W map, C = h*d channels, h heads, d head_dim, k kernel_size,
 import torch
 from torch import Tensor
 
+from qna_timm.ops import span_native
 from qna_timm.ops.dispatch import Choice, against_triton, choose
 from qna_timm.ops.reference import span_attention_reference
-from qna_timm.ops.span_attn import span_offsets
-from qna_timm.ops.span_op import span_tiles, span_triton
+from qna_timm.ops.span_attn import check_span, span_offsets
+from qna_timm.ops.span_op import span_operator, span_triton
 
-SPAN_FORMS = ("auto", "reference", "offsets", "tiles", "triton")
-
-
-def _check_span(
-    qkv: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    num_heads: int,
-    mask: Tensor | None,
-    floor: Tensor | None,
-    impl: str,
-) -> None:
-    table = list(rel_pos_h.shape)
-    if len(table) != 2 or table[1] % 2 == 0 or list(rel_pos_w.shape) != table:
-        raise ValueError(
-            "rel_pos_h and rel_pos_w must be [C, k] of one shape with an odd k, "
-            f"got {table} and {list(rel_pos_w.shape)}"
-        )
-    channels, offsets = table[0], table[1] ** 2
-    if qkv.dim() != 4 or qkv.shape[3] != 3 * channels:
-        raise ValueError(f"qkv must be [B, H, W, {3 * channels}], got {list(qkv.shape)}")
-    if num_heads < 1 or channels % num_heads:
-        raise ValueError(f"num_heads must divide the {channels} channels, got {num_heads}")
-    if mask is not None and list(mask.shape) != [num_heads, offsets]:
-        raise ValueError(f"mask must be [{num_heads}, {offsets}], got {list(mask.shape)}")
-    if floor is not None and (mask is None or list(floor.shape) != [offsets]):
-        raise ValueError(f"floor must be [{offsets}] and come with a mask, got {list(floor.shape)}")
-    if impl not in SPAN_FORMS:
-        raise ValueError(f"impl must be one of {SPAN_FORMS}, got {impl!r}")
+SPAN_FORMS = ("auto", "reference", "offsets", "tiles", "native", "triton")
 
 
 def _choose_span(impl: str, qkv: Tensor, kernel_size: int, num_heads: int) -> Choice:
-    """The ladder: kernels where they are known to serve, else tiles."""
+    """The ladder: kernels where they are known to serve, else compiled functions, else tiles."""
+
+    if impl not in SPAN_FORMS:
+        raise ValueError(f"impl must be one of {SPAN_FORMS}, got {impl!r}")
 
     def unsupported() -> str | None:
         from qna_timm.ops import span_triton as kernels  # an optional package
@@ -53,7 +29,10 @@ def _choose_span(impl: str, qkv: Tensor, kernel_size: int, num_heads: int) -> Ch
     def against(asked_for: bool) -> str | None:
         return against_triton("span_attention", qkv, asked_for, unsupported)
 
-    return choose(impl, (("triton", against),), "tiles")
+    def against_native(_: bool) -> str | None:
+        return span_native.unsupported(qkv)
+
+    return choose(impl, (("triton", against), ("native", against_native)), "tiles")
 
 
 def span_attention(
@@ -89,16 +68,18 @@ def span_attention(
         mask_padding: Leave offsets off the map out.
         impl: 'auto', or one form with no fall-back: 'reference' (position by position), 'offsets'
             (any order of gradients, forward-mode ones, scripts; keeps B*h*H*W*K scores), 'tiles'
-            (gradients by hand, not forward-mode; keeps qkv) or 'triton' (the same in fused kernels,
-            for GPUs; keeps the output too; m + floor must not be negative). 'auto' is 'triton' on
-            GPUs where that was measured, else 'tiles', except in scripts.
+            (gradients by hand, not forward-mode; keeps qkv), 'native' (the same by compiled
+            functions, on a CPU in float32, where the package was installed with a C++ compiler at
+            hand) or 'triton' (in fused kernels, for GPUs; keeps the output too; m + floor must not
+            be negative). 'auto' is 'triton' on GPUs where that was measured, else 'native' where it
+            serves, else 'tiles'; in scripts 'offsets'. `explain_span_attention` tells which.
 
     Returns:
         [B, H, W, C] in qkv's dtype.
 
     Raises:
-        ValueError: shapes that do not go together, an unknown impl, or 'triton' where the kernels
-            cannot compute this.
+        ValueError: shapes that do not go together, an unknown impl, or one that cannot compute
+            this.
     """
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     rel_pos_h, rel_pos_w = rel_pos_h.to(dtype), rel_pos_w.to(dtype)
@@ -112,11 +93,30 @@ def span_attention(
         )
         return out.to(qkv.dtype)
     else:  # in so many words: the script compiler skips an else branch, not code that follows
-        _check_span(qkv, rel_pos_h, rel_pos_w, num_heads, mask, floor, impl)
+        if not torch.jit.is_tracing():  # sizes are tensors there
+            check_span(qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads)
         rest = (rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale)
-        impl = _choose_span(impl, qkv, rel_pos_h.shape[1], num_heads).impl
-        if impl in ("tiles", "triton"):
-            return (span_tiles if impl == "tiles" else span_triton)(qkv, *rest)
-        form = span_offsets if impl == "offsets" else span_attention_reference
+        chosen = _choose_span(impl, qkv, rel_pos_h.shape[1], num_heads).impl
+        if chosen == "triton":
+            return span_triton(qkv, *rest)
+        if chosen in ("native", "tiles"):
+            return span_operator(qkv, *rest, impl)
+        form = span_offsets if chosen == "offsets" else span_attention_reference
         with torch.autocast(qkv.device.type, enabled=False):
             return form(qkv.to(dtype), *rest).to(qkv.dtype)
+
+
+def explain_span_attention(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    num_heads: int,
+    mask: Tensor | None = None,
+    floor: Tensor | None = None,
+) -> Choice:
+    """Which form impl='auto' takes outside of scripts, and why not others.
+
+    Arguments and errors as in `span_attention`; what is not asked for here decides nothing.
+    """
+    check_span(qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads)
+    return _choose_span("auto", qkv, rel_pos_h.shape[1], num_heads)

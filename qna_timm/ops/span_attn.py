@@ -12,6 +12,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def check_span(
+    qkv: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    mask: Tensor | None,
+    floor: Tensor | None,
+    num_heads: int,
+) -> None:
+    """Raises ValueError for arguments of `span_attention` whose shapes do not go together."""
+    table = list(rel_pos_h.shape)
+    if len(table) != 2 or table[1] % 2 == 0 or list(rel_pos_w.shape) != table:
+        raise ValueError(
+            "rel_pos_h and rel_pos_w must be [C, k] of one shape with an odd k, "
+            f"got {table} and {list(rel_pos_w.shape)}"
+        )
+    channels, offsets = table[0], table[1] ** 2
+    if qkv.dim() != 4 or qkv.shape[3] != 3 * channels:
+        raise ValueError(f"qkv must be [B, H, W, {3 * channels}], got {list(qkv.shape)}")
+    if 0 in qkv.shape[1:]:
+        raise ValueError(f"qkv must have positions and channels, got {list(qkv.shape)}")
+    if num_heads < 1 or channels % num_heads:
+        raise ValueError(f"num_heads must divide the {channels} channels, got {num_heads}")
+    if mask is not None and list(mask.shape) != [num_heads, offsets]:
+        raise ValueError(f"mask must be [{num_heads}, {offsets}], got {list(mask.shape)}")
+    if floor is not None and (mask is None or list(floor.shape) != [offsets]):
+        raise ValueError(f"floor must be [{offsets}] and come with a mask, got {list(floor.shape)}")
+
+
 def ring_index(kernel_size: int, device: torch.device | None = None) -> Tensor:
     """Ring of every offset of a window, its distance max(|dy|, |dx|) in pixels: int64 [K]."""
     steps = (torch.arange(kernel_size, device=device) - kernel_size // 2).abs()

@@ -6,15 +6,44 @@ and `torch.func` see. Gradients of gradients come from the form of stock operato
 Letters: B batch, H W map, C = h*d channels, h heads, k kernel_size, K = k*k offsets.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from qna_timm.ops import span_native as native
 from qna_timm.ops import span_tiles as tiles
 from qna_timm.ops.library import register_gradient, register_operator
-from qna_timm.ops.span_attn import span_offsets
+from qna_timm.ops.span_attn import check_span, span_offsets
+
+
+def _form(impl: str, qkv: Tensor, *rest: Any) -> ModuleType:
+    """Compiled functions or tiles: graphs may run elsewhere than they were recorded.
+
+    Raises:
+        ValueError: 'native' was asked for where it cannot serve, or shapes do not go together.
+    """
+    check_span(qkv, *rest[:5])  # scripts and traces come here unchecked
+    against = native.unsupported(qkv)
+    if impl == "native" and against is not None:
+        raise ValueError(f"impl='native' cannot compute this: {against}")
+    return tiles if impl == "tiles" or against is not None else native
+
+
+def _forward(qkv: Tensor, *args: Any) -> Tensor:
+    *rest, impl = args
+    return _form(impl, qkv, *rest).forward(qkv, *rest)
+
+
+def _backward(grad: Tensor, qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, impl = args
+    form = _form(impl, qkv, *rest)
+    wanted = [*qkv.shape[:3], qkv.shape[3] // 3]
+    if list(grad.shape) != wanted:
+        raise ValueError(f"grad must be {wanted}, got {list(grad.shape)}")
+    return form.backward(grad, qkv, *rest)
 
 
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -29,7 +58,7 @@ def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return span_triton.backward(*args)
 
 
-def _fake_tiles(qkv: Tensor, *_: Any) -> Tensor:
+def _fake(qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
 
 
@@ -43,7 +72,7 @@ def _fake_triton(
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
     batch, height, width, _ = qkv.shape
-    return _fake_tiles(qkv), rel_pos_h.new_empty(2, batch, num_heads, height, width)
+    return _fake(qkv), rel_pos_h.new_empty(2, batch, num_heads, height, width)
 
 
 def _fake_backward(
@@ -89,12 +118,13 @@ def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: under checkpointing a second look is an error
     inputs, kept = saved[:5], saved[5:]
     if torch.is_grad_enabled():  # somebody wants gradients of the gradient
-        return *_grad_of_offsets(grad, inputs, *ctx.settings), None, None, None, None
-    backward = _span_triton_backward if kept else _span_tiles_backward
+        found = _grad_of_offsets(grad, inputs, *ctx.settings[:3])
+        return *found, *[None] * (1 + len(ctx.settings))
+    backward = _span_triton_backward if kept else _span_attention_backward
     grad_qkv, grad_rel, grad_mask = backward(grad, *inputs, *ctx.settings, *kept)
     by_row, by_col = grad_rel.chunk(2, dim=1)
     grad_mask = None if inputs[3] is None else grad_mask
-    return grad_qkv, by_row, by_col, grad_mask, None, None, None, None
+    return grad_qkv, by_row, by_col, grad_mask, *[None] * (1 + len(ctx.settings))
 
 
 def _grad_of_offsets(
@@ -129,10 +159,12 @@ _ARGUMENTS = (
     "int num_heads, bool mask_padding, float scale"
 )
 _GRADIENTS = "(Tensor, Tensor, Tensor)"
-_span_tiles = register_operator(f"span_tiles({_ARGUMENTS}) -> Tensor", tiles.forward, _fake_tiles)
-_span_tiles_backward = register_operator(
-    f"span_tiles_backward(Tensor grad, {_ARGUMENTS}) -> {_GRADIENTS}",
-    tiles.backward,
+_span_attention = register_operator(
+    f"span_attention({_ARGUMENTS}, str impl) -> Tensor", _forward, _fake
+)
+_span_attention_backward = register_operator(
+    f"span_attention_backward(Tensor grad, {_ARGUMENTS}, str impl) -> {_GRADIENTS}",
+    _backward,
     _fake_backward,
 )
 _span_triton = register_operator(
@@ -143,22 +175,22 @@ _span_triton_backward = register_operator(
     _triton_backward,
     _fake_triton_backward,
 )
-register_gradient("span_tiles", _gradients, _setup_context)
+register_gradient("span_attention", _gradients, _setup_context)
 register_gradient("span_triton", _gradients, _setup_context)
-for _operator in (_span_tiles, _span_triton):
+for _operator in (_span_attention, _span_triton):
     register_flop_formula(_operator)(_flops)
-for _operator in (_span_tiles_backward, _span_triton_backward):
+for _operator in (_span_attention_backward, _span_triton_backward):
     register_flop_formula(_operator)(_backward_flops)
 
 
-class _SpanTiles(torch.autograd.Function):
+class _SpanAttention(torch.autograd.Function):
     """Both operators as one function with a gradient, which `torch.func` takes too."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return _span_tiles(*args)
+        return _span_attention(*args)
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_gradients)
@@ -177,12 +209,14 @@ class _SpanTriton(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-def span_tiles(*args: Any) -> Tensor:
-    """The function in tiles; arguments as in `span_offsets`, tables in the dtype to compute in.
+def span_operator(*args: Any) -> Tensor:
+    """The function on any device.
 
-    Keeps qkv for backward and nothing else. Gradients of gradients come from `span_offsets`.
+    Arguments as in `span_offsets`, tables in the dtype to compute in, then 'native', 'tiles' or,
+    for the first of them that serves, 'auto'. Keeps qkv for backward and nothing else. Gradients
+    of gradients come from `span_offsets`.
     """
-    return _SpanTiles.apply(*args)
+    return _SpanAttention.apply(*args)
 
 
 def span_triton(*args: Any) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 import qna_timm
-from qna_timm.ops.qna_native import LIBRARY
+from qna_timm.ops.compiled import compiled_attention
 from qna_timm.training.data_print import fingerprint
 from qna_timm.training.errors import UsageError
 from qna_timm.training.flags import flags_by_key
@@ -63,7 +63,8 @@ def _hardware(device: torch.device) -> str:
     if device.type != "cpu":
         return device.type
     capability = torch.backends.cpu.get_cpu_capability()
-    compiled = f" with compiled attention ({LIBRARY.kind})" if LIBRARY.kind else ""
+    kind = compiled_attention()
+    compiled = f" with compiled attention ({kind})" if kind else ""
     return f"cpu {capability}{compiled}, {torch.get_num_threads()} threads"
 
 

@@ -22,7 +22,7 @@ import yaml
 from timm.models import safe_model_name
 
 import qna_timm
-from qna_timm.ops.qna_native import LIBRARY
+from qna_timm.ops.compiled import compiled_attention
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
 from qna_timm.training.files import replacing
@@ -156,7 +156,7 @@ def environment(processes: Processes, command: Sequence[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "qna_timm": qna_timm.__version__,
-        "compiled_attention": LIBRARY.kind or None,
+        "compiled_attention": compiled_attention() or None,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "device": device_name(device),

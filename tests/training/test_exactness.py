@@ -14,7 +14,7 @@ from timm.data import AugMixDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.datasets import FakeData, ImageFolder
 
-from qna_timm.ops.qna_native import LIBRARY
+from qna_timm.ops.compiled import compiled_attention
 from qna_timm.training import flags_exact
 from qna_timm.training.data import open_datasets
 from qna_timm.training.errors import UsageError
@@ -205,7 +205,7 @@ def test_other_hardware_is_told(digits, caplog):
     check_exact("a", state, parse(), identity(digits))
     (record,) = caplog.records
     assert record.levelname == "INFO" and "cpu AVX2, 64 threads, goes on with cpu" in record.message
-    assert f"({LIBRARY.kind})" in record.message or not LIBRARY.kind
+    assert f"({compiled_attention()})" in record.message or not compiled_attention()
 
 
 NAMES = ["train/a/1.png", "train/a/2.png", "train/b/3.png", "val/a/4.png", "val/b/5.png"]

@@ -9,14 +9,14 @@
 // Threads are those of the OpenMP runtime that PyTorch has loaded. This library is linked to none:
 // two runtimes would compete for the processors.
 
-#include "backward.h"
-#include "forward.h"
+#include "qna/backward.h"
+#include "qna/forward.h"
 
 namespace qna {
 
 // To be raised with every change, here and in qna_native.py: an installation in place may hold an
 // older library.
-constexpr int64_t VERSION = 2;
+constexpr int64_t VERSION = 3;
 // Sum of |gradient of scores| below so much of the sum of |mean| that it is the difference of:
 // windows have one token of nearly all their weight there, and rounding is all that is left.
 constexpr float LEAST_DIFFERENCE = 1e-3f;

@@ -33,8 +33,9 @@ inline Vec larger(Vec a, Vec b) { return b > a ? b : a; }
 
 inline Vec magnitude(Vec v) { return v < 0.0f ? -v : v; }
 
-// `v`, whose last operation is not to be merged with the next into one of a single rounding.
-inline Vec rounded(Vec v) {
+// `v` as it is in a register: neither read again from memory for every use, nor its last operation
+// merged with the next into one of a single rounding.
+inline Vec held(Vec v) {
 #if defined(__x86_64__)
     asm("" : "+v"(v));
 #elif defined(__aarch64__)

@@ -4,13 +4,9 @@
 
 #pragma once
 
-#include <omp.h>
-
-#include <algorithm>
-#include <cstdint>
-
-#include "planes.h"
-#include "vectors.h"
+#include "../planes.h"
+#include "../tasks.h"
+#include "../vectors.h"
 
 namespace qna {
 
@@ -23,15 +19,6 @@ constexpr int MOST_CHANNELS = 64;
 
 // What is known of a window before gradients.
 enum Stat { INVERSE, MEAN, SHIFT, TOP, STATS };
-
-inline int64_t parts(int64_t count, int64_t part) { return (count + part - 1) / part; }
-
-struct Bands {
-    int64_t count, rows;
-
-    explicit Bands(int64_t all)
-        : count(std::max<int64_t>(1, parts(all, BAND_ROWS))), rows(parts(all, count)) {}
-};
 
 // Tokens of a row are laid out in `stride` phases of `places` each: u is at place u / stride of
 // phase u % stride, so that neighbouring windows find their tokens side by side.
@@ -54,7 +41,7 @@ struct Problem {
           window_places(rounded_up(cols)),
           places(rounded_up(std::max(window_places + lead, last_token_place()))),
           stat_places(rounded_up(std::max(window_places, last_token_place()) + lead)),
-          window_bands(rows), token_bands(height),
+          window_bands(rows, BAND_ROWS), token_bands(height, BAND_ROWS),
           group_heads(std::min(heads, std::max<int64_t>(1, GROUP_CHANNELS / dim))),
           groups(parts(heads, group_heads)) {}
 

@@ -196,7 +196,7 @@ inline void gather_offset(const Problem &p, const Factors<EXACT, NQ> &factors,
         const Vec attn = power<EXACT>(tokens.e[q], factors.bias[q][o], shift, top) *
                          load(windows[q] + INVERSE * map);
         // of a window's only token exactly 0, as both were rounded alike
-        const Vec own = rounded(slope * weight[q][o]);
+        const Vec own = held(slope * weight[q][o]);
         const Vec z = attn * (own - load(windows[q] + MEAN * map));
         tokens.by_score[q] += z * factors.below[q][o];
         share += attn * factors.above[q][o];

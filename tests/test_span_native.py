@@ -1,0 +1,123 @@
+"""Compiled span attention: right for every shape and instruction set, within its memory."""
+
+import pytest
+import torch
+from ladders import guard_memory, needs_native, untouched, without_native
+from test_span_ops import ORDER, problem, run
+
+from qna_timm.ops import explain_span_attention, span_attention
+from qna_timm.ops.compiled import compiled_attention
+
+# As in test_span_ops: bands of rows and groups of channels that are full, begun and more than one.
+SIZES = {
+    "bands": (2, 40, 33, 32, 2, 5, False, "positive"),
+    "bands-padding": (1, 70, 20, 48, 2, 7, True, "holes"),
+    "wide-heads": (3, 8, 8, 64, 1, 11, False, "holes"),
+    "odd-heads": (2, 9, 18, 15, 3, 3, False, "none"),
+    "three-chunks": (1, 5, 40, 24, 1, 3, True, "none"),
+    "many-heads": (2, 4, 5, 96, 12, 5, False, "positive"),
+    "window-over-map": (2, 3, 2, 8, 2, 9, True, "positive"),
+    "a-row": (1, 1, 200, 16, 2, 5, False, "none"),
+    "a-column": (1, 100, 1, 16, 2, 5, True, "none"),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_sizes(size: str, capability: str) -> None:
+    arguments = problem(SIZES[size])
+    found = run(arguments, "native", torch.float32)
+    for one, other in zip(found, run(arguments, "tiles"), strict=True):
+        assert (one.double() - other).norm() <= 1e-5 * other.norm() + 1e-5
+
+
+@pytest.mark.parametrize("size", ["bands", "bands-padding"])
+def test_threads_change_nothing(size: str) -> None:
+    needs_native()
+    arguments = problem(SIZES[size])
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run(arguments, "native", torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_stays_within_its_memory(
+    size: str, monkeypatch: pytest.MonkeyPatch, capability: str
+) -> None:
+    """Nothing is read that was not written before, and nothing written beyond the end."""
+    arguments = problem(SIZES[size])
+    wanted = run(arguments, "native", torch.float32)
+    handed = guard_memory(monkeypatch)
+    for one, other in zip(run(arguments, "native", torch.float32), wanted, strict=True):
+        assert torch.equal(one, other)
+    assert len(handed) == 2 and untouched(handed)
+
+
+@pytest.mark.parametrize("place", [(20, 16), (20, 32), (20, 0)], ids=["middle", "right", "left"])
+def test_one_number_that_is_none(place: tuple[int, int], capability: str) -> None:
+    """It spoils the windows that see it, forward and backward, and no other row's or image's."""
+    arguments = problem((2, 40, 33, 8, 2, 5, False, "positive"))
+    row, col = place
+    arguments["qkv"][0, row, col, 8] = float("nan")  # a key of the first head
+    out, grad_qkv, *_ = run(arguments, "native", torch.float32)
+    for found, reach in ((out, 2), (grad_qkv, 4)):
+        rows = slice(row - reach, row + reach + 1)
+        cols = slice(max(0, col - reach), col + reach + 1)
+        assert found[0, row, col].isnan().any()
+        found[0, rows, cols] = 0
+        assert found.isfinite().all()
+
+
+def test_explains_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_native()
+    arguments = problem(SIZES["odd-heads"], dtype=torch.float32)
+    given = [arguments[name] for name in ("qkv", "rel_pos_h", "rel_pos_w", "num_heads")]
+    choice = explain_span_attention(*given)
+    assert choice.impl == "native" and choice.why_not == {"triton": "the map is on cpu"}
+    assert compiled_attention() in ("avx512", "avx2", "baseline")
+    found = run(arguments, "auto", torch.float32)
+    without_native(monkeypatch)
+    choice = explain_span_attention(*given)
+    assert choice.impl == "tiles" and "switched it off" in choice.why_not["native"]
+    for one, other in zip(run(arguments, "auto", torch.float32), found, strict=True):
+        assert 0 < (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_a_recorded_graph_runs_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = problem(SIZES["odd-heads"], dtype=torch.float32)
+    qkv = arguments.pop("qkv")
+
+    class Layer(torch.nn.Module):
+        def forward(self, qkv: torch.Tensor) -> torch.Tensor:
+            return span_attention(qkv, **arguments)
+
+    exported = torch.export.export(Layer(), (qkv,)).module()
+    wanted = exported(qkv)
+    without_native(monkeypatch)
+    torch.testing.assert_close(exported(qkv), wanted)
+
+
+def test_shapes_are_checked_where_memory_is_read() -> None:
+    """Also for callers of the registered operators, as graphs are."""
+    arguments = problem((1, 4, 4, 8, 2, 3, False, "positive"), dtype=torch.float32)
+    operators = torch.ops.qna_timm
+    for change in (
+        {"qkv": torch.zeros(1, 4, 4, 21)},
+        {"rel_pos_w": torch.zeros(8, 5)},
+        {"mask": torch.ones(1, 9)},
+        {"floor": torch.ones(8)},
+        {"num_heads": 0},
+    ):
+        flat = [{**arguments, **change}[name] for name in ORDER]
+        with pytest.raises(ValueError, match="must"):
+            operators.span_attention(*flat, "auto")
+    flat = [arguments[name] for name in ORDER]
+    with pytest.raises(ValueError, match=r"grad must be \[1, 4, 4, 8\], got \[1, 4, 3, 8\]"):
+        operators.span_attention_backward(torch.zeros(1, 4, 3, 8), *flat, "auto")
