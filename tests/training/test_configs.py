@@ -231,7 +231,17 @@ def test_ablation_changes_branches_lambda_and_length_alone(name):
     assert set(main) - set(settings) == {"ga_lam", "epochs"} and main["ga_lam"] == -0.8
 
 
-@pytest.mark.parametrize("path", [QUICKSTART, *RECIPES.values()], ids=lambda path: path.stem)
+def to_run(path):
+    """A recipe, marked where another of its architecture and settings stands for it."""
+    name = path.stem
+    larger = name.endswith(("_small", "_base", "_medium", "_large")) and name != "ga_vit_small"
+    of_sizes = "_medium_" in name or "_large_" in name
+    others = name in ABLATIONS and not name.endswith("_branches1_lam0")
+    marks = [pytest.mark.other_sizes] if larger or of_sizes or others else []
+    return pytest.param(path, marks=marks, id=name)
+
+
+@pytest.mark.parametrize("path", [to_run(path) for path in (QUICKSTART, *RECIPES.values())])
 def test_recipe_runs(path, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     import train
