@@ -1,7 +1,9 @@
-"""Triton kernels as their launchers would start them, compiled for a GPU that is not here."""
+"""Triton kernels in a process of their own, and compiled for a GPU that is not here."""
 
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,13 @@ POINTERS = {
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+
+
+def run_cases(cases: Path, environment: dict[str, str]) -> None:
+    """A file of tests in a new process: whether triton interprets is settled at its import."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    found = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 class Launch(NamedTuple):

@@ -1,8 +1,5 @@
 """Triton kernels of learned-query attention: their cases in the interpreter, and compilation."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,27 +7,20 @@ import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import compile_launch, record_launches, resources
+from ahead_of_time import compile_launch, record_launches, resources, run_cases
 
 from qna_timm.ops import qna_triton
 
 CASES = Path(__file__).parent / "qna_triton_cases.py"
 
 
-def run_cases(environment: dict[str, str]) -> None:
-    """In a process of its own: whether triton interprets is settled when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    found = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout + found.stderr
-
-
 def test_cases_in_the_interpreter() -> None:
-    run_cases({"TRITON_INTERPRET": "1"})
+    run_cases(CASES, {"TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cases_on_the_gpu() -> None:
-    run_cases({"TRITON_INTERPRET": "0"})
+    run_cases(CASES, {"TRITON_INTERPRET": "0"})
 
 
 @pytest.mark.parametrize("capability", [80, 90])

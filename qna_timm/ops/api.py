@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qna_timm.ops import qna_native
 from qna_timm.ops.dispatch import Choice, against_triton, choose
-from qna_timm.ops.qna_attn import Problem
+from qna_timm.ops.qna_attn import FORMS, Problem
 from qna_timm.ops.qna_eager import qna_offsets
 from qna_timm.ops.qna_op import has_tangents, qna_operator
 from qna_timm.ops.qna_windows import check_problem
@@ -22,7 +22,7 @@ from qna_timm.ops.window_attn import tiled_window_attention
 # Offsets of a window up to which compiled stock operators are faster than any operator by hand but
 # the native one, which is as fast and takes a third of the time to compile.
 FUSED_OFFSETS = 9
-QNA_FORMS = ("auto", "reference", "offsets", "depthwise", "fft", "exact", "native", "triton")
+QNA_FORMS = (*FORMS, "reference", "offsets", "triton")
 
 
 def normalize_query(query: Tensor, num_heads: int, normalize: bool, stop_grad: bool) -> Tensor:

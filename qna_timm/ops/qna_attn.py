@@ -29,6 +29,7 @@ FOURIER_OFFSETS = 169
 FOURIER_OFFSETS_FORWARD = {"AVX512": 400}
 # The same beside compiled functions, by what they were compiled for: forward, backward.
 FOURIER_OFFSETS_NATIVE = {"avx512": (1000, 300), "avx2": (500, 250), "baseline": (150, 120)}
+# What the operator computes by hand.
 FORMS = ("auto", "native", "depthwise", "fft", "exact")
 
 

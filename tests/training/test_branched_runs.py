@@ -4,10 +4,10 @@ import csv
 import importlib.util
 import json
 import logging
-import sys
 from pathlib import Path
 from types import ModuleType
 
+import branched_model  # noqa: F401  (registers its model)
 import pytest
 import timm
 import torch
@@ -17,23 +17,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-import branched_model  # noqa: E402, F401  (registers its model)
-
-from qna_timm.convert import ConversionError  # noqa: E402
-from qna_timm.training import build, curves, names, report  # noqa: E402
-from qna_timm.training.checkpoint import (  # noqa: E402
+from qna_timm.convert import ConversionError
+from qna_timm.training import build, curves, names, report
+from qna_timm.training.checkpoint import (
     check_weights,
     load_weights,
     read_metadata,
     read_weights,
     save_weights,
 )
-from qna_timm.training.errors import UsageError  # noqa: E402
-from qna_timm.training.recipe import as_yaml_dict, parse_train_args  # noqa: E402
-from qna_timm.training.validation import Candidate, settings_for  # noqa: E402
+from qna_timm.training.errors import UsageError
+from qna_timm.training.recipe import as_yaml_dict, parse_train_args
+from qna_timm.training.validation import Candidate, settings_for
+
+HERE = Path(__file__).resolve().parent
 
 ROOT = HERE.parents[1]
 METRICS = ["branch_0_top1", "branch_1_top1", "branch_2_top1", "agreement"]

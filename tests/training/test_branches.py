@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from branched_model import Branched
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.loss import create_classification_loss
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from branched_model import Branched
 
 from qna_timm.training import loop
 from qna_timm.training.branch_loss import branch_losses, decorrelation

@@ -1,16 +1,11 @@
 """Learned windows in training: their penalty, their bounds, the task in the loop."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from span_model import Spans
+from torch import Tensor, nn
 
 from qna_timm.training import loop
 from qna_timm.training.distributed import Processes
