@@ -1,11 +1,15 @@
 """Compiled span attention: right for every shape and instruction set, within its memory."""
 
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from ladders import guard_memory, needs_native, untouched, without_native
 from test_span_ops import ORDER, problem, run
 
-from qna_timm.ops import explain_span_attention, span_attention
+from qna_timm.ops import explain_span_attention, span_attention, span_native
 from qna_timm.ops.compiled import compiled_attention
 
 # As in test_span_ops: bands of rows and groups of channels that are full, begun and more than one.
@@ -104,6 +108,42 @@ def test_a_recorded_graph_runs_where_nothing_is_compiled(monkeypatch: pytest.Mon
     torch.testing.assert_close(exported(qkv), wanted)
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (torch.Tensor.double, "it computes in float32, qkv is float64"),
+        (torch.Tensor.int, "it computes in float32, qkv is int32"),
+        (torch.Tensor.to_mkldnn, "it takes dense maps, qkv is _mkldnn"),
+    ],
+    ids=["float64", "int32", "mkldnn"],
+)
+def test_what_it_does_not_compute(change: Callable, why: str) -> None:
+    needs_native()
+    arguments = problem(SIZES["odd-heads"], dtype=torch.float32)
+    arguments["qkv"] = change(arguments["qkv"])
+    with pytest.raises(ValueError, match=f"impl='native' cannot compute this: {why}"):
+        span_attention(**arguments, impl="native")
+
+
+def test_a_saved_trace(tmp_path: Path) -> None:
+    arguments = problem(SIZES["odd-heads"], dtype=torch.float32)
+    qkv = arguments.pop("qkv")
+    traced = torch.jit.trace(lambda qkv: span_attention(qkv, **arguments), qkv)
+    torch.jit.save(traced, str(tmp_path / "traced.pt"))
+    found = torch.jit.load(str(tmp_path / "traced.pt"))(qkv)
+    torch.testing.assert_close(found, span_attention(qkv, **arguments))
+
+
+def test_memory_of_threads_that_have_something_to_do() -> None:
+    needs_native()
+
+    def floats(threads: int) -> int:
+        sizes = (ctypes.c_int64 * 7)(1, 64, 20, 2, 8, 5, 0)  # two bands of two heads
+        return span_native.LIBRARY.functions["span_floats"](sizes, 1, threads)
+
+    assert floats(1) < floats(2) < floats(4) == floats(64)
+
+
 def test_shapes_are_checked_where_memory_is_read() -> None:
     """Also for callers of the registered operators, as graphs are."""
     arguments = problem((1, 4, 4, 8, 2, 3, False, "positive"), dtype=torch.float32)
@@ -119,5 +159,7 @@ def test_shapes_are_checked_where_memory_is_read() -> None:
         with pytest.raises(ValueError, match="must"):
             operators.span_attention(*flat, "auto")
     flat = [arguments[name] for name in ORDER]
+    with pytest.raises(ValueError, match=r"impl must be one of .*, got 'offsets'"):
+        operators.span_attention(*flat, "offsets")
     with pytest.raises(ValueError, match=r"grad must be \[1, 4, 4, 8\], got \[1, 4, 3, 8\]"):
         operators.span_attention_backward(torch.zeros(1, 4, 3, 8), *flat, "auto")

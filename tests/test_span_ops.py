@@ -202,7 +202,8 @@ def test_registered_operators(by_hand: str) -> None:
     """torch.library's own checks, and transforms that see the operator."""
     dtype = torch.float64 if by_hand == "tiles" else torch.float32
     arguments = problem((2, 5, 6, 8, 2, 3, False, "positive"), dtype=dtype)
-    flat = (*(arguments[name] for name in ORDER), by_hand)
+    flat = [*(arguments[name] for name in ORDER), by_hand]
+    flat[0] = flat[0].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # as of a convolution
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     operators = torch.ops.qna_timm
     torch.library.opcheck(operators.span_attention.default, flat, test_utils=tests)
@@ -240,6 +241,20 @@ def test_compiled() -> None:
     wanted = torch.autograd.grad(step(qkv), qkv)[0]
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.allclose(torch.autograd.grad(compiled(qkv), qkv)[0], wanted)
+
+
+def test_compiled_after_a_convolution(by_hand: str) -> None:
+    """Compilers hold operators to the strides that they were promised."""
+    arguments = problem((2, 6, 5, 8, 2, 3, False, "positive"), dtype=torch.float32)
+    qkv = arguments.pop("qkv").permute(0, 3, 1, 2).contiguous().requires_grad_()
+
+    def step(qkv: Tensor) -> Tensor:
+        out = span_attention(qkv.sigmoid().permute(0, 2, 3, 1), **arguments, impl=by_hand)
+        return out.square().sum()
+
+    wanted = torch.autograd.grad(step(qkv), qkv)[0]
+    compiled = torch.compile(step, fullgraph=True)
+    assert torch.allclose(torch.autograd.grad(compiled(qkv), qkv)[0], wanted, atol=1e-6)
 
 
 def test_autocast_stops(by_hand: str) -> None:

@@ -10,17 +10,15 @@ import ctypes
 import torch
 from torch import Tensor
 
-from qna_timm.ops.native import address, load_library
+from qna_timm.ops.native import Call, address, in_float32, load_library
 from qna_timm.ops.qna_windows import Windows
-from qna_timm.ops.workspace import Workspace
 
 # Of `native/qna.cpp`; to be raised on both sides with every change of what is compiled.
-VERSION = 3
+VERSION = 4
 MOST_CHANNELS = 64
 
 _POINTER = ctypes.c_void_p
 _INPUTS = [_POINTER, _POINTER, _POINTER, _POINTER, ctypes.c_int64, _POINTER, ctypes.c_int]
-
 
 FUNCTIONS = {
     "qna_floats": ([_POINTER, ctypes.c_int, ctypes.c_int], ctypes.c_int64),
@@ -43,38 +41,20 @@ def unsupported(scores: Tensor, value: Tensor) -> str | None:
     return LIBRARY.why_not
 
 
-class NativeProblem:
-    """One call's sizes, inputs and memory."""
-
-    def __init__(
-        self,
-        scores: Tensor,
-        value: Tensor,
-        rel_pos_bias: Tensor | None,
-        query_weight: Tensor | None,
-        windows: Windows,
-        work: Workspace,
-        backward: bool,
-    ) -> None:
-        """Of scores [B, H, W, Q, h], value [B, H, W, C], bias [K, Q, h], weight [K or 1, Q, h]."""
-        batch, height, width, num_queries, num_heads = scores.shape
-        head_dim = value.shape[3] // num_heads
-        sizes = (batch, height, width, num_queries, num_heads, head_dim)
-        sizes = (*sizes, *windows.kernel_size, windows.stride, windows.padding)
-        self.sizes = (ctypes.c_int64 * len(sizes))(*sizes)
-        given = scores, value, rel_pos_bias, query_weight
-        self.inputs = [
-            None if x is None else x.detach().to(torch.float32).contiguous() for x in given
-        ]
-        self.weight_rows = 0 if query_weight is None else query_weight.shape[0]
-        self.threads = torch.get_num_threads()
-        floats = LIBRARY.functions["qna_floats"](self.sizes, int(backward), self.threads)
-        self.memory = work.get("native", (floats,))
-
-    def arguments(self) -> tuple:
-        """What both functions take after sizes and gradient."""
-        inputs = (address(x) for x in self.inputs)
-        return *inputs, self.weight_rows, address(self.memory), self.threads
+def _call(
+    scores: Tensor,
+    value: Tensor,
+    rel_pos_bias: Tensor | None,
+    query_weight: Tensor | None,
+    windows: Windows,
+    backward: bool,
+) -> tuple[Call, tuple]:
+    """Of scores [B, H, W, Q, h], value [B, H, W, C], bias [K, Q, h], weight [K or 1, Q, h]."""
+    head_dim = value.shape[3] // scores.shape[4]
+    sizes = (*scores.shape, head_dim, *windows.kernel_size, windows.stride, windows.padding)
+    inputs = scores, value, rel_pos_bias, query_weight
+    call = Call(LIBRARY, "qna", sizes, inputs, backward)
+    return call, call.arguments(0 if query_weight is None else query_weight.shape[0])
 
 
 def native_forward(
@@ -84,12 +64,11 @@ def native_forward(
     query_weight: Tensor | None,
     windows: Windows,
 ) -> Tensor:
-    """[B, Y, X, C] in float32; arguments as in `NativeProblem`."""
-    work = Workspace(scores)
-    problem = NativeProblem(scores, value, rel_pos_bias, query_weight, windows, work, False)
+    """[B, Y, X, C] in float32; arguments as in `_call`."""
+    call, arguments = _call(scores, value, rel_pos_bias, query_weight, windows, False)
     out = scores.new_empty(len(scores), *windows.out_size(*scores.shape[1:3]), value.shape[3])
-    LIBRARY.functions["qna_forward"](problem.sizes, *problem.arguments(), address(out))
-    work.release()
+    LIBRARY.functions["qna_forward"](call.sizes, *arguments, address(out))
+    call.work.release()
     return out
 
 
@@ -102,14 +81,13 @@ def native_backward(
     windows: Windows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of scores, value, bias and weight [K, Q, h], all in float32."""
-    work = Workspace(scores)
-    problem = NativeProblem(scores, value, rel_pos_bias, query_weight, windows, work, True)
-    grad = grad.to(torch.float32).contiguous()
+    call, arguments = _call(scores, value, rel_pos_bias, query_weight, windows, True)
+    grad = in_float32(grad)
     table = (windows.num_offsets, *scores.shape[3:])
     shapes = scores.shape, value.shape, table, table
     grads = tuple(scores.new_empty(shape) for shape in shapes)
     LIBRARY.functions["qna_backward"](
-        problem.sizes, address(grad), *problem.arguments(), *(address(x) for x in grads)
+        call.sizes, address(grad), *arguments, *(address(x) for x in grads)
     )
-    work.release()
+    call.work.release()
     return grads

@@ -10,9 +10,9 @@ from qna_timm.ops import span_native
 from qna_timm.ops.dispatch import Choice, against_triton, choose
 from qna_timm.ops.reference import span_attention_reference
 from qna_timm.ops.span_attn import check_span, span_offsets
-from qna_timm.ops.span_op import span_operator, span_triton
+from qna_timm.ops.span_op import FORMS, span_operator, span_triton
 
-SPAN_FORMS = ("auto", "reference", "offsets", "tiles", "native", "triton")
+SPAN_FORMS = (*FORMS, "reference", "offsets", "triton")
 
 
 def _choose_span(impl: str, qkv: Tensor, kernel_size: int, num_heads: int) -> Choice:
@@ -53,9 +53,10 @@ def span_attention(
         out[y]   = sum_o m[o] e[o] v[y+o] / sum_o (m[o] + floor[o]) e[o]
 
     for every head, o over the offsets of a k x k window centred at y in row-major order, index 0
-    up and left. Offsets with m + floor = 0 are left out, of the maximum too. Keys and values off
-    the map are zero and take part. Everything inside is float32 (float64 for a float64 qkv), also
-    under autocast. (arXiv:1906.05909, section 3; arXiv:2004.08708, section 3.)
+    up and left. Offsets with m + floor = 0 are left out, of the maximum too; a window in which none
+    is left has no defined output. Keys and values off the map are zero and take part. Everything
+    inside is float32 (float64 for a float64 qkv), also under autocast. (arXiv:1906.05909, section
+    3; arXiv:2004.08708, section 3.)
 
     Args:
         qkv: [B, H, W, 3*C], queries, keys and values one after the other, heads inside each.

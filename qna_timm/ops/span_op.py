@@ -18,14 +18,20 @@ from qna_timm.ops import span_tiles as tiles
 from qna_timm.ops.library import register_gradient, register_operator
 from qna_timm.ops.span_attn import check_span, span_offsets
 
+# What the operator computes.
+FORMS = ("auto", "native", "tiles")
+
 
 def _form(impl: str, qkv: Tensor, *rest: Any) -> ModuleType:
     """Compiled functions or tiles: graphs may run elsewhere than they were recorded.
 
     Raises:
-        ValueError: 'native' was asked for where it cannot serve, or shapes do not go together.
+        ValueError: 'native' was asked for where it cannot serve, impl is unknown, or shapes do not
+            go together.
     """
-    check_span(qkv, *rest[:5])  # scripts and traces come here unchecked
+    if impl not in FORMS:
+        raise ValueError(f"impl must be one of {FORMS}, got {impl!r}")
+    check_span(qkv, *rest[:5])  # traces come here unchecked
     against = native.unsupported(qkv)
     if impl == "native" and against is not None:
         raise ValueError(f"impl='native' cannot compute this: {against}")
@@ -87,7 +93,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels, kernel_size = rel_pos_h.shape
     return (
-        torch.empty_like(qkv),
+        qkv.new_empty(qkv.shape),  # contiguous, whatever was read
         rel_pos_h.new_empty(channels, 2 * kernel_size),
         rel_pos_h.new_empty(num_heads, kernel_size**2),
     )
@@ -149,11 +155,6 @@ def _grad_of_offsets(
         return [*gradients(grad), None][:4]
 
 
-def _fake_triton_backward(grad: Tensor, qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    # the kernels write a contiguous gradient, whatever they read
-    return qkv.new_empty(qkv.shape), *_fake_backward(grad, qkv, *args)[1:]
-
-
 _ARGUMENTS = (
     "Tensor qkv, Tensor rel_pos_h, Tensor rel_pos_w, Tensor? mask, Tensor? floor, "
     "int num_heads, bool mask_padding, float scale"
@@ -173,7 +174,7 @@ _span_triton = register_operator(
 _span_triton_backward = register_operator(
     f"span_triton_backward(Tensor grad, {_ARGUMENTS}, Tensor out, Tensor stats) -> {_GRADIENTS}",
     _triton_backward,
-    _fake_triton_backward,
+    _fake_backward,
 )
 register_gradient("span_attention", _gradients, _setup_context)
 register_gradient("span_triton", _gradients, _setup_context)
@@ -216,6 +217,8 @@ def span_operator(*args: Any) -> Tensor:
     for the first of them that serves, 'auto'. Keeps qkv for backward and nothing else. Gradients
     of gradients come from `span_offsets`.
     """
+    if torch.jit.is_tracing():  # a trace that is to be saved holds no function of Python's
+        return _span_attention(*args)
     return _SpanAttention.apply(*args)
 
 

@@ -228,7 +228,7 @@ def backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
     """Gradients of qkv [B, H, W, 3*C], both tables [C, 2*k] and the mask [h, K]."""
     problem = _Problem(qkv, *rest)
     grid, work, num_heads = problem.grid, problem.work, len(problem.heads)
-    grad_qkv = torch.empty_like(qkv)
+    grad_qkv = qkv.new_empty(qkv.shape)
     grad_rel = torch.zeros(
         problem.channels, 2 * grid.kernel_size, dtype=problem.dtype, device=qkv.device
     )

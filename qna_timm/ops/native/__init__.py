@@ -6,12 +6,14 @@ finds a compiler. The libraries know neither Python nor PyTorch: they are called
 
 import ctypes
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qna_timm.ops.workspace import Workspace
 
 # Instruction sets in `torch.backends.cpu.get_cpu_capability`'s words, and modules for them, best
 # first; the last is for any processor.
@@ -84,3 +86,33 @@ def load_library(
     except (OSError, AttributeError) as error:
         return Library(f"it does not load: {error}")
     return Library(None, kind, loaded)
+
+
+class Call:
+    """What a call of a library's functions takes: sizes, inputs in float32, memory, threads."""
+
+    def __init__(
+        self,
+        library: Library,
+        name: str,
+        sizes: Sequence[int],
+        inputs: Sequence[Tensor | None],
+        backward: bool,
+    ) -> None:
+        """Of library `name`, whose function NAME_floats tells how much memory it takes."""
+        self.sizes = (ctypes.c_int64 * len(sizes))(*sizes)
+        self.inputs = [in_float32(x) for x in inputs]
+        self.threads = torch.get_num_threads()
+        self.work = Workspace(self.inputs[0])
+        floats = library.functions[f"{name}_floats"](self.sizes, int(backward), self.threads)
+        self.memory = self.work.get("native", (floats,))
+
+    def arguments(self, *settings: float) -> tuple:
+        """Inputs, then settings, memory and threads."""
+        inputs = (address(x) for x in self.inputs)
+        return *inputs, *settings, address(self.memory), self.threads
+
+
+def in_float32(x: Tensor | None) -> Tensor | None:
+    """A tensor as compiled functions read it."""
+    return None if x is None else x.detach().to(torch.float32).contiguous()

@@ -16,7 +16,7 @@ namespace qna {
 
 // To be raised with every change, here and in qna_native.py: an installation in place may hold an
 // older library.
-constexpr int64_t VERSION = 3;
+constexpr int64_t VERSION = 4;
 // Sum of |gradient of scores| below so much of the sum of |mean| that it is the difference of:
 // windows have one token of nearly all their weight there, and rounding is all that is left.
 constexpr float LEAST_DIFFERENCE = 1e-3f;
@@ -25,42 +25,41 @@ constexpr float LEAST_DIFFERENCE = 1e-3f;
 struct Memory {
     float *tables, *ranges, *low, *high, *stats, *partials, *means, *differences, *own;
     int8_t *exact, *again;
-    int64_t own_floats, floats = 0;
+    int threads;
+    int64_t own_floats, floats;
 
     // At `start`, or with null only how many floats it takes.
-    Memory(const Problem &p, bool backward, int threads, float *start) {
-        const auto take = [&](int64_t count) {
-            float *taken = start ? start + floats : nullptr;
-            floats += rounded_up(count);
-            return taken;
-        };
-        tables = take(TABLES * p.pairs * p.offsets);
-        ranges = take(p.pairs);
-        low = take(p.batch * p.pairs);
-        high = take(p.batch * p.pairs);
-        exact = reinterpret_cast<int8_t *>(take(p.batch * p.pairs));
-        again = reinterpret_cast<int8_t *>(take(p.batch * p.heads));
+    Memory(const Problem &p, bool backward, int most_threads, float *start) {
+        const int64_t tasks = p.tasks(p.window_bands);
+        threads = needed(most_threads, std::max(tasks, backward ? p.tasks(p.token_bands) : 0));
+        Parts from(start);
+        tables = from.take(TABLES * p.pairs * p.offsets);
+        ranges = from.take(p.pairs);
+        low = from.take(p.batch * p.pairs);
+        high = from.take(p.batch * p.pairs);
+        exact = reinterpret_cast<int8_t *>(from.take(p.batch * p.pairs));
+        again = reinterpret_cast<int8_t *>(from.take(p.batch * p.heads));
         const int64_t window_bands = backward ? p.batch * p.window_bands.count : 0;
         const int64_t token_bands = backward ? p.batch * p.token_bands.count : 0;
-        stats = take(backward ? p.batch * p.pairs * STATS * p.stat_map() : 0);
-        partials = take(token_bands * 2 * p.pairs * p.offsets);
-        means = take(window_bands * p.pairs);
-        differences = take(token_bands * p.pairs);
+        stats = from.take(backward ? p.batch * p.pairs * STATS * p.stat_map() : 0);
+        partials = from.take(token_bands * 2 * p.pairs * p.offsets);
+        means = from.take(window_bands * p.pairs);
+        differences = from.take(token_bands * p.pairs);
         own_floats = rounded_up(backward ? p.backward_floats() : p.forward_floats());
-        own = take(threads * own_floats);
+        own = from.take(threads * own_floats);
+        floats = from.floats;
     }
 
     float *of_thread(int thread) const { return own + thread * own_floats; }
 };
 
-static Shared prepare(const Problem &p, const Inputs &in, const Memory &memory, int threads) {
+static Shared prepare(const Problem &p, const Inputs &in, const Memory &memory) {
     make_all_tables(p, in, memory.tables, memory.ranges);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t image = 0; image < p.batch; image++) {
+    each_of(p.batch, memory.threads, [&](int64_t image, int) {
         const int64_t first = image * p.pairs;
         find_shifts(p, in.scores + first * p.height * p.width, memory.ranges, memory.low + first,
                     memory.high + first, memory.exact + first);
-    }
+    });
     return {memory.tables, memory.high, memory.exact};
 }
 
@@ -122,8 +121,8 @@ void qna_forward(const int64_t *sizes, const float *scores, const float *value, 
     const Problem p(sizes);
     const Inputs in{scores, value, bias, weight, weight_rows};
     const Memory own(p, false, threads, memory);
-    const Shared shared = prepare(p, in, own, threads);
-    each_task(p, p.window_bands, p.rows, threads, nullptr, [&](const Task &task) {
+    const Shared shared = prepare(p, in, own);
+    each_task(p, p.window_bands, p.rows, own.threads, nullptr, [&](const Task &task) {
         forward_task(p, in, shared, task, own.of_thread(task.thread), out);
     });
 }
@@ -136,15 +135,15 @@ void qna_backward(const int64_t *sizes, const float *grad, const float *scores, 
     const Problem p(sizes);
     const Inputs in{scores, value, bias, weight, weight_rows};
     const Memory own(p, true, threads, memory);
-    const Shared shared = prepare(p, in, own, threads);
+    const Shared shared = prepare(p, in, own);
     const Gradients out{grad_scores, grad_value, grad_bias, grad_weight};
     const Stats stats{own.stats};
     const auto find = [&](const int8_t *wanted) {
-        each_task(p, p.window_bands, p.rows, threads, wanted, [&](const Task &task) {
+        each_task(p, p.window_bands, p.rows, own.threads, wanted, [&](const Task &task) {
             measure_task(p, in, shared, task, grad, stats, own.of_thread(task.thread),
                          own.means + task.band * p.pairs);
         });
-        each_task(p, p.token_bands, p.height, threads, wanted, [&](const Task &task) {
+        each_task(p, p.token_bands, p.height, own.threads, wanted, [&](const Task &task) {
             gather_task(p, in, shared, task, grad, stats, own.of_thread(task.thread), out,
                         own.partials + task.band * 2 * p.pairs * p.offsets,
                         own.differences + task.band * p.pairs);

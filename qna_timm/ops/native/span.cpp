@@ -15,28 +15,29 @@ namespace span {
 
 // To be raised with every change, here and in span_native.py: an installation in place may hold an
 // older library.
-constexpr int64_t VERSION = 2;
+constexpr int64_t VERSION = 3;
 
 // The caller's memory in parts: what all tasks share, then what a thread has of its own.
 struct Memory {
     Bands bands;
     float *rel_pos, *partials, *own;
-    int64_t own_floats, floats = 0;
+    int threads;
+    int64_t own_floats, floats;
 
     // At `start`, or with null only how many floats it takes.
-    Memory(const Problem &p, bool backward, int threads, float *start)
-        : bands(p.height, backward ? BACKWARD_ROWS : FORWARD_ROWS) {
-        const auto take = [&](int64_t count) {
-            float *taken = start ? start + floats : nullptr;
-            floats += rounded_up(count);
-            return taken;
-        };
-        rel_pos = take(p.heads * 2 * p.kernel * p.wide);
-        partials = take(backward ? p.batch * bands.count * p.heads * p.partial() : 0);
-        own_floats = backward ? Room(p, bands.rows, nullptr).floats : forward_floats(p, bands.rows);
-        own_floats = rounded_up(own_floats);
-        own = take(threads * own_floats);
+    Memory(const Problem &p, bool backward, int most_threads, float *start)
+        : bands(p.height, backward ? BACKWARD_ROWS : FORWARD_ROWS),
+          threads(needed(most_threads, p.tasks(bands))) {
+        Parts from(start);
+        rel_pos = from.take(p.heads * 2 * p.kernel * p.wide);
+        partials = from.take(backward ? p.tasks(bands) * p.partial() : 0);
+        own_floats = backward ? BackwardRoom(p, bands.rows, nullptr).floats
+                              : ForwardRoom(p, bands.rows, nullptr).floats;
+        own = from.take(threads * own_floats);
+        floats = from.floats;
     }
+
+    float *of_thread(int thread) const { return own + thread * own_floats; }
 };
 
 // Calls `run` with the channels that are computed together, to compile for.
@@ -48,7 +49,7 @@ static void add_partials(const Problem &p, const Memory &memory, float *grad_rel
                          float *grad_mask) {
     std::fill(grad_rel_pos, grad_rel_pos + p.channels * 2 * p.kernel, 0.0f);
     std::fill(grad_mask, grad_mask + p.heads * p.offsets, 0.0f);
-    for (int64_t i = 0; i < p.batch * memory.bands.count * p.heads; i++) {
+    for (int64_t i = 0; i < p.tasks(memory.bands); i++) {
         const int64_t head = i % p.heads;
         const float *partial = memory.partials + i * p.partial();
         for (int64_t c = 0; c < p.dim; c++) {
@@ -84,9 +85,9 @@ void span_forward(const int64_t *sizes, const float *qkv, const float *rel_pos_h
     const Memory own(p, false, threads, memory);
     const std::vector<Head> heads = make_heads(p, in, own.rel_pos);
     compiled_for(p, [&](auto chunk) {
-        each_task(p, own.bands, threads, [&](const Task &task) {
+        each_task(p, own.bands, own.threads, [&](const Task &task) {
             forward_task<chunk()>(p, in, heads[task.head], task,
-                                  own.own + task.thread * own.own_floats, out);
+                                  own.of_thread(task.thread), out);
         });
     });
 }
@@ -102,9 +103,9 @@ void span_backward(const int64_t *sizes, const float *grad, const float *qkv,
     const std::vector<Head> heads = make_heads(p, in, own.rel_pos);
     const Gradients gradients{grad_qkv, own.partials};
     compiled_for(p, [&](auto chunk) {
-        each_task(p, own.bands, threads, [&](const Task &task) {
+        each_task(p, own.bands, own.threads, [&](const Task &task) {
             backward_task<chunk()>(p, in, heads[task.head], task, grad,
-                                   own.own + task.thread * own.own_floats, gradients);
+                                   own.of_thread(task.thread), gradients);
         });
     });
     add_partials(p, own, grad_rel_pos, grad_mask);

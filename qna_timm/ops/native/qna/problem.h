@@ -45,6 +45,8 @@ struct Problem {
           group_heads(std::min(heads, std::max<int64_t>(1, GROUP_CHANNELS / dim))),
           groups(parts(heads, group_heads)) {}
 
+    int64_t tasks(const Bands &bands) const { return batch * bands.count * groups; }
+
     int64_t last_token_place() const { return padding / stride + token_places; }
 
     // Floats of a row of tokens, and of planes of so many rows of tokens, windows, and windows
@@ -81,23 +83,20 @@ struct Task {
     int thread;
 };
 
-// Calls `run(task)` for all wanted heads of all bands, on threads that take neighbouring ones. Who
-// computes what changes no result.
+// Calls `run(task)` for all wanted heads of all bands. Who computes what changes no result.
 template <class Run>
 void each_task(const Problem &p, const Bands &bands, int64_t height, int threads,
                const int8_t *wanted, Run run) {
-    const int64_t tasks = p.batch * bands.count * p.groups;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t i = 0; i < tasks; i++) {
+    each_of(p.tasks(bands), threads, [&](int64_t i, int thread) {
         const int64_t group = i % p.groups, band = i / p.groups % bands.count;
         const int64_t image = i / p.groups / bands.count, top = band * bands.rows;
         const int64_t end = std::min(p.heads, (group + 1) * p.group_heads);
         for (int64_t head = group * p.group_heads; head < end; head++) {
             if (wanted && !wanted[image * p.heads + head]) continue;
             run(Task{image, head, top, std::min(bands.rows, height - top),
-                     image * bands.count + band, omp_get_thread_num()});
+                     image * bands.count + band, thread});
         }
-    }
+    });
 }
 
 }  // namespace qna

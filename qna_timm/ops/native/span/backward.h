@@ -35,34 +35,31 @@ struct Around {
 };
 
 // A thread's memory in parts.
-struct Room {
+struct BackwardRoom {
     Vec *scores, *slopes, *sides, *grad_mask;
-    float *query, *grad, *keys, *values;  // planes of maps; the latter two of gradients
-    float *sums;                          // of z by row and column
-    float *grad_query, *by_score, *by_value, *seen;
-    int64_t plane, wide_plane, floats = 0;
+    float *query, *grad, *grad_query, *grad_keys, *grad_values;
+    float *sums;  // of z by row and column
+    float *by_score, *by_value, *seen;
+    int64_t plane, wide_plane, floats;
 
     // For `rows` of tokens; at `start`, or with null only how many floats it takes.
-    Room(const Problem &p, int64_t rows, float *start)
+    BackwardRoom(const Problem &p, int64_t rows, float *start)
         : plane(p.plane(rows)), wide_plane(p.seen_plane(rows)) {
-        const auto take = [&](int64_t count) {
-            float *taken = start ? start + floats : nullptr;
-            floats += rounded_up(count);
-            return taken;
-        };
-        scores = reinterpret_cast<Vec *>(take(p.offset_floats()));
-        slopes = reinterpret_cast<Vec *>(take(p.offset_floats()));
-        grad_mask = reinterpret_cast<Vec *>(take(p.offset_floats()));
-        sides = reinterpret_cast<Vec *>(take(p.side_floats()));
-        query = take(p.wide * wide_plane);
-        grad = take(p.wide * wide_plane);
-        grad_query = take(p.wide * plane);
-        keys = take(p.wide * plane);
-        values = take(p.wide * plane);
-        sums = take(2 * p.kernel * plane);
-        by_score = take(p.offsets * wide_plane);
-        by_value = take(p.offsets * wide_plane);
-        seen = take(seen_floats(p, std::min(p.height, rows + 2 * p.radius)));
+        Parts from(start);
+        scores = from.take_vectors(p.offsets);
+        slopes = from.take_vectors(p.offsets);
+        grad_mask = from.take_vectors(p.offsets);
+        sides = from.take_vectors(2 * p.kernel);
+        query = from.take(p.wide * wide_plane);
+        grad = from.take(p.wide * wide_plane);
+        grad_query = from.take(p.wide * plane);
+        grad_keys = from.take(p.wide * plane);
+        grad_values = from.take(p.wide * plane);
+        sums = from.take(2 * p.kernel * plane);
+        by_score = from.take(p.offsets * wide_plane);
+        by_value = from.take(p.offsets * wide_plane);
+        seen = from.take(seen_floats(p, std::min(p.height, rows + 2 * p.radius)));
+        floats = from.floats;
     }
 };
 
@@ -76,7 +73,7 @@ inline Vec lanes(int64_t left) {
 // Of the queries at place x of their planes whose windows begin at place `at`: z to scores and
 // planes, m p to planes, t to slopes. Returns the mean.
 template <int CHUNK>
-inline Vec find_slopes(const Problem &p, const Head &head, const Room &room, const Seen &seen,
+inline Vec find_slopes(const Problem &p, const Head &head, const BackwardRoom &room, const Seen &seen,
                        int64_t x, int64_t at, Vec *inverse) {
     const size_t count = head.offsets.size();
     const float *query = room.query + x, *grad = room.grad + x;
@@ -98,7 +95,7 @@ inline Vec find_slopes(const Problem &p, const Head &head, const Room &room, con
 
 // Rows of queries from `first` to `last`; where they are a task's own, with their gradients.
 template <int CHUNK>
-void measure(const Problem &p, const Head &head, const Room &room, const Seen &seen,
+void measure(const Problem &p, const Head &head, const BackwardRoom &room, const Seen &seen,
              const Around &around, int64_t first, int64_t last, bool own) {
     const int64_t start = around.place(p, first), floats = (last - first) * p.pitch;
     const size_t count = head.offsets.size(), weighed = head.weighed;
@@ -140,7 +137,7 @@ void measure(const Problem &p, const Head &head, const Room &room, const Seen &s
 }
 
 // No query, no weight: a plane that queries have left for tokens, around the map's rows.
-inline void close(const Problem &p, const Room &room, const Around &around, float *plane) {
+inline void close(const Problem &p, const BackwardRoom &room, const Around &around, float *plane) {
     float *after = plane;
     for (int64_t y = around.top; y < around.end; y++) {
         float *row = plane + around.place(p, y);
@@ -152,7 +149,7 @@ inline void close(const Problem &p, const Room &room, const Around &around, floa
 
 // Sums over a task's tokens of weights that offsets have left in planes times other planes.
 template <int CHUNK>
-void gather(const Problem &p, const Head &head, size_t count, const Room &room,
+void gather(const Problem &p, const Head &head, size_t count, const BackwardRoom &room,
             const float *weights, const float *planes, int64_t floats, float *to) {
     for (int64_t x = 0; x < floats; x += LANES) {
         for (int64_t first = 0; first < p.wide; first += CHUNK) {
@@ -170,7 +167,7 @@ void gather(const Problem &p, const Head &head, size_t count, const Room &room,
 
 // Gradients of a head's tables from a task's own queries, whose first place is `start`.
 template <int CHUNK>
-void find_tables(const Problem &p, const Head &head, const Room &room, int64_t start,
+void find_tables(const Problem &p, const Head &head, const BackwardRoom &room, int64_t start,
                  int64_t floats, float *partial) {
     for (int64_t j = 0; j < 2 * p.kernel; j++) {
         for (int64_t first = 0; first < p.wide; first += CHUNK) {
@@ -194,7 +191,7 @@ void find_tables(const Problem &p, const Head &head, const Room &room, int64_t s
 template <int CHUNK>
 void backward_task(const Problem &p, const Inputs &in, const Head &head, const Task &task,
                    const float *grad, float *own, const Gradients &out) {
-    const Room room(p, task.rows, own);
+    const BackwardRoom room(p, task.rows, own);
     const Around around(p, task);
     const int64_t all = task.rows + 2 * p.radius, above = task.top - p.radius;
     const int64_t end = task.top + task.rows, floats = task.rows * p.pitch;
@@ -213,13 +210,13 @@ void backward_task(const Problem &p, const Inputs &in, const Head &head, const T
         close(p, room, around, room.by_score + i * room.wide_plane);
         if (i < weighed) close(p, room, around, room.by_value + i * room.wide_plane);
     }
-    gather<CHUNK>(p, head, count, room, room.by_score, room.query, floats, room.keys);
-    gather<CHUNK>(p, head, weighed, room, room.by_value, room.grad, floats, room.values);
+    gather<CHUNK>(p, head, count, room, room.by_score, room.query, floats, room.grad_keys);
+    gather<CHUNK>(p, head, weighed, room, room.by_value, room.grad, floats, room.grad_values);
     find_tables<CHUNK>(p, head, room, around.place(p, task.top), floats,
                        out.partials + task.index * p.partial());
     multiply(room.grad_query, p.wide * room.plane, in.scale);
     float *to = out.qkv + place;
-    for (const float *planes : {room.grad_query, room.keys, room.values}) {
+    for (const float *planes : {room.grad_query, room.grad_keys, room.grad_values}) {
         take(p, planes, room.plane, p.token(), task.top, task.rows, to);
         to += p.channels;
     }

@@ -9,7 +9,8 @@
 
 namespace span {
 
-// Added to a score takes the offset out of the softmax.
+// Added to a score takes the offset out of the softmax, unless there is no other: a number, since
+// queries between rows, which see nothing, must not leave a NaN.
 constexpr float OUT = -1e30f;
 
 struct Inputs {

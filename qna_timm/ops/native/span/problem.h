@@ -29,6 +29,8 @@ struct Problem {
           mask_padding(n[6]), radius(kernel / 2), offsets(kernel * kernel), channels(heads * dim),
           pitch(width + radius), chunk(parts(dim, 8) % 2 ? 8 : 16), wide(parts(dim, 8) * 8) {}
 
+    int64_t tasks(const Bands &bands) const { return batch * bands.count * heads; }
+
     // Floats of a token, of queries, keys and values.
     int64_t token() const { return 3 * channels; }
     int64_t image(int64_t floats) const { return height * width * floats; }
@@ -39,9 +41,6 @@ struct Problem {
     int64_t seen_plane(int64_t rows) const {
         return apart(rows * pitch + 2 * LANES + (kernel - 1) * (pitch + 1));
     }
-    // Of a vector for each offset, and for each row and column of a window.
-    int64_t offset_floats() const { return offsets * LANES; }
-    int64_t side_floats() const { return 2 * kernel * LANES; }
     // Gradients of a head's tables.
     int64_t partial() const { return 2 * kernel * wide + offsets; }
 };
@@ -54,13 +53,11 @@ struct Task {
 
 // Calls `run(task)` for all bands of all heads and images. Who computes what changes no result.
 template <class Run> void each_task(const Problem &p, const Bands &bands, int threads, Run run) {
-    const int64_t tasks = p.batch * bands.count * p.heads;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t i = 0; i < tasks; i++) {
+    each_of(p.tasks(bands), threads, [&](int64_t i, int thread) {
         const int64_t top = i / p.heads % bands.count * bands.rows;
         run(Task{i, i / p.heads / bands.count, i % p.heads, top,
-                 std::min(bands.rows, p.height - top), omp_get_thread_num()});
-    }
+                 std::min(bands.rows, p.height - top), thread});
+    });
 }
 
 }  // namespace span
