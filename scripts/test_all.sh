@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/test.sh
 source scripts/_env.sh
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 2 -m other_sizes
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 2 -m other_recipes
 scripts/timm_tests.sh --all

@@ -1,5 +1,7 @@
 """Ladders of an installation with compiled functions and of one without."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,6 +42,20 @@ def compiled_for(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
         library = native.load_library(name, module.VERSION, module.FUNCTIONS)
         assert (library.why_not, library.kind) == (None, native.KINDS[capability])
         monkeypatch.setattr(module, "LIBRARY", library)
+
+
+def same_for_any_threads(run: Callable[[], list[Tensor]]) -> bool:
+    """Whether results of one, two and three threads have the same bits."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return all(
+        torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True)
+    )
 
 
 def guard_memory(monkeypatch: pytest.MonkeyPatch, margin: int = 4096) -> list[Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ladders import guard_memory, needs_native, untouched
+from ladders import guard_memory, needs_native, same_for_any_threads, untouched
 from test_ops import error
 from torch import Tensor
 
@@ -72,17 +72,7 @@ def test_all_sizes(size: str, spread: float, capability: str) -> None:
 def test_threads_change_nothing(size: str) -> None:
     needs_native()
     tensors, args = problem(size)
-    before = torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(run(tensors, args))
-    finally:
-        torch.set_num_threads(before)
-    for other in found[1:]:
-        for one, two in zip(found[0], other, strict=True):
-            assert torch.equal(one, two)
+    assert same_for_any_threads(lambda: run(tensors, args))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ladders import guard_memory, needs_native, untouched, without_native
+from ladders import guard_memory, needs_native, same_for_any_threads, untouched, without_native
 from test_span_ops import ORDER, problem, run
 
 from qna_timm.ops import explain_span_attention, span_attention, span_native
@@ -38,17 +38,7 @@ def test_all_sizes(size: str, capability: str) -> None:
 def test_threads_change_nothing(size: str) -> None:
     needs_native()
     arguments = problem(SIZES[size])
-    before = torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(run(arguments, "native", torch.float32))
-    finally:
-        torch.set_num_threads(before)
-    for other in found[1:]:
-        for one, two in zip(found[0], other, strict=True):
-            assert torch.equal(one, two)
+    assert same_for_any_threads(lambda: run(arguments, "native", torch.float32))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -17,7 +17,6 @@ SPAN_FORMS = (*FORMS, "reference", "offsets", "triton")
 
 def _choose_span(impl: str, qkv: Tensor, kernel_size: int, num_heads: int) -> Choice:
     """The ladder: kernels where they are known to serve, else compiled functions, else tiles."""
-
     if impl not in SPAN_FORMS:
         raise ValueError(f"impl must be one of {SPAN_FORMS}, got {impl!r}")
 

@@ -22,9 +22,9 @@ FUNCTIONS = {
     "span_forward": ([_POINTER, *_INPUTS, _POINTER], None),
     "span_backward": ([_POINTER, _POINTER, *_INPUTS, *[_POINTER] * 3], None),
 }
+# at import, so that a compiler which follows `unsupported` finds it loaded
 LIBRARY = load_library("span", VERSION, FUNCTIONS)
-
-
+# Of qkv; halves are computed in float32.
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 

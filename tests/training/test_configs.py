@@ -232,12 +232,14 @@ def test_ablation_changes_branches_lambda_and_length_alone(name):
 
 
 def to_run(path):
-    """A recipe, marked where another of its architecture and settings stands for it."""
+    """A recipe, marked where another of its architecture stands for it."""
     name = path.stem
-    larger = name.endswith(("_small", "_base", "_medium", "_large")) and name != "ga_vit_small"
-    of_sizes = "_medium_" in name or "_large_" in name
-    others = name in ABLATIONS and not name.endswith("_branches1_lam0")
-    marks = [pytest.mark.other_sizes] if larger or of_sizes or others else []
+    if name in ABLATIONS:
+        stands = name.endswith("_branches1_lam0")
+    else:
+        larger = re.search("_(small|base|medium|large)$|_(medium|large)_", name)
+        stands = larger is None or name == "ga_vit_small"
+    marks = [] if stands else [pytest.mark.other_recipes]
     return pytest.param(path, marks=marks, id=name)
 
 

@@ -12,9 +12,9 @@ template <bool EXACT, int DIM> constexpr int rows_at_once() {
     return !EXACT && DIM == 8 && LANES == 16 ? 2 : 1;
 }
 
-// Calls `visit(first, end, o, place in a plane)` for every token that the windows at place x of ROWS
-// rows from y on see: rows from `first` to `end` of them, constants, at offset o of the first row's
-// windows and a row of offsets less in each after it.
+// Calls `visit(first, end, o, place in a plane)` for every token that the windows at place x of
+// ROWS rows from y on see: rows from `first` to `end` of them, constants, at offset o of the first
+// row's windows and a row of offsets less in each after it.
 template <int ROWS, class Visit>
 inline void each_token(const Problem &p, int64_t y, int64_t x, Visit visit) {
     if constexpr (ROWS == 1) {

@@ -9,9 +9,9 @@
 
 namespace qna {
 
-// Range of scores and bias of a map up to which one maximum serves it all: a factor of e^-40 or e^40
-// leaves gradients and values of ordinary size ordinary numbers. Beyond, every window is shifted by
-// its own.
+// Range of scores and bias of a map up to which one maximum serves it all: a factor of e^-40 or
+// e^40 leaves gradients and values of ordinary size ordinary numbers. Beyond, every window is
+// shifted by its own.
 constexpr float SHARED_RANGE = 40.0f;
 
 // Factors of an offset: with one maximum for a map, and with one for each window.

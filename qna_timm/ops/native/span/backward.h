@@ -70,11 +70,11 @@ inline Vec lanes(int64_t left) {
     return kept;
 }
 
-// Of the queries at place x of their planes whose windows begin at place `at`: z to scores and
-// planes, m p to planes, t to slopes. Returns the mean.
+// Of the queries at place x of their planes whose windows begin at place `at`: e to scores, t to
+// slopes, one over the sum of (m + floor) e to `inverse`. Returns the mean.
 template <int CHUNK>
-inline Vec find_slopes(const Problem &p, const Head &head, const BackwardRoom &room, const Seen &seen,
-                       int64_t x, int64_t at, Vec *inverse) {
+inline Vec find_slopes(const Problem &p, const Head &head, const BackwardRoom &room,
+                       const Seen &seen, int64_t x, int64_t at, Vec *inverse) {
     const size_t count = head.offsets.size();
     const float *query = room.query + x, *grad = room.grad + x;
     Vec *scores = room.scores, *slopes = room.slopes;
@@ -131,7 +131,8 @@ void measure(const Problem &p, const Head &head, const BackwardRoom &room, const
                 head, count, seen.keys + c * seen.plane + at, seen.plane,
                 [&](size_t j) { return room.scores[j]; }, [](const Offset &o) { return o.seen; },
                 sums);
-            for (int k = 0; k < CHUNK; k++) store(room.grad_query + (c + k) * room.plane + i, sums[k]);
+            float *to = room.grad_query + c * room.plane + i;
+            for (int k = 0; k < CHUNK; k++) store(to + k * room.plane, sums[k]);
         }
     }
 }
@@ -175,7 +176,8 @@ void find_tables(const Problem &p, const Head &head, const BackwardRoom &room, i
             Vec sums[CHUNK] = {};
             for (int64_t x = 0; x < floats; x += LANES) {
                 const Vec z = load(room.sums + j * room.plane + x);
-                for (int c = 0; c < CHUNK; c++) sums[c] += z * load(query + c * room.wide_plane + x);
+                const float *of_query = query + x;
+                for (int c = 0; c < CHUNK; c++) sums[c] += z * load(of_query + c * room.wide_plane);
             }
             for (int c = 0; c < CHUNK; c++) partial[j * p.wide + first + c] = sum(sums[c]);
         }
