@@ -83,20 +83,21 @@ def test_multiply_adds(name: str, paper: float, ours: float) -> None:
 
     The plain heads project keys and values of every position, ours of one query.
     """
-    model = timm.create_model(name).eval()
-    x = torch.zeros(1, 3, 224, 224)
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        x = torch.empty(1, 3, 224, 224)
+        block = model.head.block
+        plain = ReferenceHead(
+            model.num_features,
+            1000,
+            gram_dim=128,
+            gram_layer=None,
+            proj_groups=model.head.gram_proj.groups,
+            embed_groups=model.head.gram_embed.groups,
+            attn_dim=block.q.weight.shape[0] // 5,
+            mlp_groups=block.mlp.groups,
+        ).eval()
     assert macs(model, x)[0] == pytest.approx(ours, rel=5e-3)
-    block = model.head.block
-    plain = ReferenceHead(
-        model.num_features,
-        1000,
-        gram_dim=128,
-        gram_layer=None,
-        proj_groups=model.head.gram_proj.groups,
-        embed_groups=model.head.gram_embed.groups,
-        attn_dim=block.q.weight.shape[0] // 5,
-        mlp_groups=block.mlp.groups,
-    ).eval()
     linear = macs(lambda x: plain(model.forward_features(x)), x)[1]
     assert linear == pytest.approx(paper, rel=1e-5)
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from qna_timm.ops import qna_native
 from qna_timm.ops.dispatch import Choice, against_triton, choose
+from qna_timm.ops.library import has_tangents
 from qna_timm.ops.qna_attn import FORMS, Problem
 from qna_timm.ops.qna_eager import qna_offsets
-from qna_timm.ops.qna_op import has_tangents, qna_operator
+from qna_timm.ops.qna_op import qna_operator
 from qna_timm.ops.qna_windows import check_problem
 from qna_timm.ops.reference import qna_attention_reference
 from qna_timm.ops.window_attn import tiled_window_attention

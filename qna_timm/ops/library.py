@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("qna_timm", "FRAGMENT")
 
@@ -78,3 +79,21 @@ def register_gradient(
     torch.library.register_autograd(
         f"qna_timm::{name}", backward, setup_context=setup_context, lib=_library
     )
+
+
+def has_tangents() -> bool:
+    """Whether forward-mode derivatives may be taken."""
+    return forward_ad._current_level >= 0
+
+
+def calls_operator() -> bool:
+    """Whether to call a registered operator itself and not the autograd function around it.
+
+    Recorded graphs hold operators (a function of Python's cannot be saved, and some compilers fail
+    on one where gradients are off); and where no derivative is taken nobody needs more.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    # forward-mode and `torch.func` take derivatives though gradients are off
+    is_transformed = torch._C._are_functorch_transforms_active() or has_tangents()
+    return not (torch.is_grad_enabled() or is_transformed)

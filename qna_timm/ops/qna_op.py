@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from qna_timm.ops import qna_attn
-from qna_timm.ops.library import register_gradient, register_operator
+from qna_timm.ops.library import calls_operator, register_gradient, register_operator
 from qna_timm.ops.qna_eager import qna_offsets
 
 _ARGUMENTS = (
@@ -239,16 +238,6 @@ def _moved(function: Callable[..., Any], inputs: tuple[Tensor | None, ...], tang
         return torch.func.jvp(of_moving, primals, steps)[1]
 
 
-def has_tangents() -> bool:
-    """Whether forward-mode derivatives may be taken."""
-    return forward_ad._current_level >= 0
-
-
-def _is_transformed() -> bool:
-    """Whether derivatives may be taken though gradients are off: forward-mode, `torch.func`."""
-    return torch._C._are_functorch_transforms_active() or has_tangents()
-
-
 def qna_operator(
     scores: Tensor,
     value: Tensor,
@@ -261,7 +250,6 @@ def qna_operator(
 ) -> Tensor:
     """The operator, in the way that suits the caller; arguments as in `qna_attn.Problem`."""
     args = (scores, value, rel_pos_bias, query_weight, *kernel_size, stride, padding, impl)
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if recorded or not (torch.is_grad_enabled() or _is_transformed()):
+    if calls_operator():
         return torch.ops.qna_timm.qna_attention(*_with_list(args, 4))[0]
     return _Attention.apply(*args)[0]

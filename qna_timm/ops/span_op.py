@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from qna_timm.ops import span_native as native
 from qna_timm.ops import span_tiles as tiles
-from qna_timm.ops.library import register_gradient, register_operator
+from qna_timm.ops.library import calls_operator, register_gradient, register_operator
 from qna_timm.ops.span_attn import check_span, span_offsets
 
 # What the operator computes.
@@ -217,7 +217,7 @@ def span_operator(*args: Any) -> Tensor:
     for the first of them that serves, 'auto'. Keeps qkv for backward and nothing else. Gradients
     of gradients come from `span_offsets`.
     """
-    if torch.jit.is_tracing():  # a trace that is to be saved holds no function of Python's
+    if calls_operator():
         return _span_attention(*args)
     return _SpanAttention.apply(*args)
 
@@ -227,4 +227,4 @@ def span_triton(*args: Any) -> Tensor:
 
     Keeps qkv, the output and two statistics of every query and head for backward.
     """
-    return _SpanTriton.apply(*args)[0]
+    return (_span_triton(*args) if calls_operator() else _SpanTriton.apply(*args))[0]
