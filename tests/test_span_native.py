@@ -86,16 +86,17 @@ def test_explains_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_recorded_graph_runs_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = problem(SIZES["odd-heads"], dtype=torch.float32)
-    qkv = arguments.pop("qkv")
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+    settings = {name: x for name, x in arguments.items() if name not in tensors}
 
     class Layer(torch.nn.Module):
-        def forward(self, qkv: torch.Tensor) -> torch.Tensor:
-            return span_attention(qkv, **arguments)
+        def forward(self, **tensors: torch.Tensor) -> torch.Tensor:
+            return span_attention(**tensors, **settings)
 
-    exported = torch.export.export(Layer(), (qkv,)).module()
-    wanted = exported(qkv)
+    exported = torch.export.export(Layer(), (), tensors).module()
+    wanted = exported(**tensors)
     without_native(monkeypatch)
-    torch.testing.assert_close(exported(qkv), wanted)
+    torch.testing.assert_close(exported(**tensors), wanted)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Letters: B batch, H W map, Y X output map, Q queries, h heads, d head_dim, C = h
 K = kh*kw offsets of a window.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,10 +59,6 @@ def _folded_scores(x: Tensor, weight: Tensor, bias: Tensor | None, query: Tensor
 
 # PyTorch 2.6 does not tell one from the other: both are exporting there
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
-
-def _is_compiling() -> bool:
-    return torch.compiler.is_compiling() and not _is_exporting()
 
 
 def learned_query_scores(
@@ -185,26 +182,26 @@ def stock_qna_attention(
     return out.to(value.dtype)
 
 
+def _unsupported_by_triton(*args: Any) -> str | None:
+    from qna_timm.ops import qna_triton  # an optional package
+
+    return qna_triton.unsupported(*args)
+
+
 def _choose_qna(impl: str, scores: Tensor, value: Tensor, *rest: Any) -> Choice:
     """The ladder of what is known without looking at values; 'auto' is what looks at them."""
     if impl not in QNA_FORMS:
         raise ValueError(f"impl must be one of {QNA_FORMS}, got {impl!r}")
     kernel_h, kernel_w = rest[2]
     few = kernel_h * kernel_w <= FUSED_OFFSETS
-    if impl == "auto" and _is_compiling():
+    if impl == "auto" and torch.compiler.is_compiling():
         if has_tangents():
             return Choice("offsets", {"auto": "compiled graphs have no tangents of operators"})
-        if few and qna_native.unsupported(scores, value):
+        if few and not _is_exporting() and qna_native.unsupported(scores, value):
             return Choice("offsets", {"auto": "the compiler fuses so few offsets into one loop"})
-
-    def unsupported() -> str | None:
-        from qna_timm.ops import qna_triton  # an optional package
-
-        return qna_triton.unsupported(scores, value, *rest)
-
-    def against(asked_for: bool) -> str | None:
-        return against_triton("qna_attention", value, asked_for, unsupported)
-
+    # no functions in here: PyTorch 2.6 cannot compile one with annotations
+    unsupported = partial(_unsupported_by_triton, scores, value, *rest)
+    against = partial(against_triton, "qna_attention", value, unsupported)
     return choose(impl, (("triton", against),), "auto")
 
 

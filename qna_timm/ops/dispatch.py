@@ -51,15 +51,15 @@ def choose(
 
 
 def against_triton(
-    operator: str, value: Tensor, asked_for: bool, unsupported: Callable[[], str | None]
+    operator: str, value: Tensor, unsupported: Callable[[], str | None], asked_for: bool
 ) -> str | None:
     """What is to be said against a Triton kernel for a map on its device.
 
     Args:
         operator: Of `MEASURED_GPUS`.
         value: A map.
-        asked_for: By name, so that an unknown GPU is the caller's affair.
         unsupported: Of the kernel's own; imports it.
+        asked_for: By name, so that an unknown GPU is the caller's affair.
     """
     if not asked_for:
         if not value.is_cuda:

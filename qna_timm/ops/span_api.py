@@ -3,6 +3,8 @@
 Letters: B batch, H W map, C = h*d channels, h heads, d head_dim, k kernel_size, K = k*k offsets.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,22 +17,24 @@ from qna_timm.ops.span_op import FORMS, span_operator, span_triton
 SPAN_FORMS = (*FORMS, "reference", "offsets", "triton")
 
 
+def _unsupported_by_triton(qkv: Tensor, kernel_size: int, num_heads: int) -> str | None:
+    from qna_timm.ops import span_triton as kernels  # an optional package
+
+    return kernels.unsupported(qkv, kernel_size, num_heads)
+
+
+def _unsupported_by_native(qkv: Tensor, _: bool) -> str | None:
+    return span_native.unsupported(qkv)
+
+
 def _choose_span(impl: str, qkv: Tensor, kernel_size: int, num_heads: int) -> Choice:
     """The ladder: kernels where they are known to serve, else compiled functions, else tiles."""
     if impl not in SPAN_FORMS:
         raise ValueError(f"impl must be one of {SPAN_FORMS}, got {impl!r}")
-
-    def unsupported() -> str | None:
-        from qna_timm.ops import span_triton as kernels  # an optional package
-
-        return kernels.unsupported(qkv, kernel_size, num_heads)
-
-    def against(asked_for: bool) -> str | None:
-        return against_triton("span_attention", qkv, asked_for, unsupported)
-
-    def against_native(_: bool) -> str | None:
-        return span_native.unsupported(qkv)
-
+    # no functions in here: PyTorch 2.6 cannot compile one with annotations
+    unsupported = partial(_unsupported_by_triton, qkv, kernel_size, num_heads)
+    against = partial(against_triton, "span_attention", qkv, unsupported)
+    against_native = partial(_unsupported_by_native, qkv)
     return choose(impl, (("triton", against), ("native", against_native)), "tiles")
 
 
