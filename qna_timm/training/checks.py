@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from qna_timm.training.checkpoint import WEIGHTS_SUFFIXES, find_weights
-from qna_timm.training.errors import UsageError, closest
+from qna_timm.training.errors import UsageError, closest, closest_path
 from qna_timm.training.flags import FlagTable, all_flags
 from qna_timm.training.holdout import check_holdout_flags, check_holdout_split
 from qna_timm.training.names import (
@@ -135,12 +135,7 @@ def _check_path(args: Namespace, origins: Origins, key: str) -> None:
     value = getattr(args, key)
     if not value or Path(value).exists():
         return
-    folder = Path(value).parent
-    beside = [str(folder / item.name) for item in folder.iterdir()] if folder.is_dir() else []
-    raise UsageError(
-        f"{origins[key]}: there is no file or folder '{value}'"
-        + closest(str(folder / Path(value).name), beside)
-    )
+    raise UsageError(f"{origins[key]}: there is no file or folder '{value}'{closest_path(value)}")
 
 
 def _check_input(args: Namespace, origins: Origins) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qna_timm.training.errors import missing_package
 from qna_timm.training.files import replacing
 
 _TRAIN, _EVAL, _EMA, _RATE = "#8a8f98", "#1f6fb4", "#d9772b", "#3c8d5a"
@@ -39,7 +40,7 @@ def can_draw() -> bool:
     try:
         importlib.import_module("matplotlib")
     except ImportError:
-        _logger.warning("no curves without matplotlib: pip install 'qna_timm[train]'")
+        _logger.warning(missing_package("a picture of the curves", "matplotlib", "train"))
         return False
     return True
 

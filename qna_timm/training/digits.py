@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from qna_timm.training.errors import UsageError
+from qna_timm.training.errors import UsageError, missing_package
 
 CLASS_NAMES = tuple("0123456789")
 _VALIDATION_FRACTION = 0.2
@@ -42,10 +42,8 @@ class Digits(Dataset):
         try:
             load_digits = importlib.import_module("sklearn.datasets").load_digits
         except ImportError as error:
-            raise UsageError(
-                "--dataset sklearn/digits needs scikit-learn; "
-                "install it with: pip install 'qna_timm[train]'"
-            ) from error
+            text = missing_package("--dataset sklearn/digits", "scikit-learn", "train")
+            raise UsageError(text) from error
         source = load_digits()
         indices = _split_indices(source.target, is_validation)
         pixels = source.images[indices] * (255 / _GREY_LEVELS)

@@ -4,6 +4,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from qna_timm.training.signals import ignore_signals
@@ -37,13 +38,14 @@ class RunFailed(Exception):
         self.everywhere = everywhere
 
 
-def closest(name: str, candidates: Iterable[str], n: int = 3) -> str:
+def closest(name: str, candidates: Iterable[str], n: int = 3, prefix: str = "") -> str:
     """Suggest valid names near a misspelt one.
 
     Args:
         name: What the user wrote.
         candidates: Every valid name.
         n: Most names to suggest.
+        prefix: Written before each suggestion.
 
     Returns:
         `"; did you mean 'a', 'b' or 'c'?"`, or `""` where nothing is near.
@@ -54,8 +56,41 @@ def closest(name: str, candidates: Iterable[str], n: int = 3) -> str:
         near = sorted((key for key in spelled if name.lower() in key), key=len)[:n]
     if not near:
         return ""
-    quoted = [f"'{spelled[key]}'" for key in near]
+    quoted = [f"'{prefix}{spelled[key]}'" for key in near]
     return f"; did you mean {' or '.join(filter(None, [', '.join(quoted[:-1]), quoted[-1]]))}?"
+
+
+def closest_path(path: str | Path) -> str:
+    """Suggest what is there in place of a path that is not: of its first part that is missing.
+
+    Names are compared inside their folder: whole paths are alike because their beginnings are.
+
+    Returns:
+        As `closest` does.
+    """
+    path = Path(path)
+    while not os.path.exists(path.parent):
+        path = path.parent
+    try:
+        names = [item.name for item in path.parent.iterdir()]
+    except OSError:
+        return ""
+    return closest(path.name, names, prefix=str(path.parent / "_")[:-1])
+
+
+def missing_package(what: str, package: str, extra: str = "") -> str:
+    """Say how to get a package; ours is on no index, so that its extras need its folder.
+
+    Args:
+        what: What needs it: a flag, mostly.
+        package: Its name on PyPI.
+        extra: Of ours, if it is in one.
+
+    Returns:
+        ``--log-wandb needs wandb: pip install wandb``.
+    """
+    text = f"{what} needs {package}: pip install {package}"
+    return f"{text} (or pip install -e '.[{extra}]' in qna_timm's folder)" if extra else text
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:

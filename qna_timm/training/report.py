@@ -24,7 +24,7 @@ from timm.models import safe_model_name
 import qna_timm
 from qna_timm.ops.compiled import compiled_attention
 from qna_timm.training.distributed import Processes
-from qna_timm.training.errors import UsageError
+from qna_timm.training.errors import UsageError, missing_package
 from qna_timm.training.files import replacing
 from qna_timm.training.lock import holder
 from qna_timm.training.names import model_label
@@ -390,12 +390,12 @@ def check_trackers(args: argparse.Namespace) -> None:
         UsageError: It is not; the line says how to install it.
     """
     wanted = (
-        (args.log_tensorboard, "--log-tensorboard", "tensorboard", "'qna_timm[train]'"),
-        (args.log_wandb, "--log-wandb", "wandb", "wandb"),
+        (args.log_tensorboard, "--log-tensorboard", "tensorboard", "train"),
+        (args.log_wandb, "--log-wandb", "wandb", ""),
     )
-    for asked, flag, module, package in wanted:
+    for asked, flag, module, extra in wanted:
         if asked:
             try:
                 __import__(module)
             except ImportError as error:
-                raise UsageError(f"{flag} needs {module}: pip install {package}") from error
+                raise UsageError(missing_package(flag, module, extra)) from error

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qna_timm.training.errors import UsageError
+from qna_timm.training.errors import UsageError, missing_package
 from qna_timm.training.files import replacing
 
 TABLE_COLUMNS = ("label", "class", "images", "top1", "top5", "precision", "f1_score")
@@ -159,9 +159,8 @@ def require_matplotlib() -> None:
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
-        raise UsageError(
-            "--confusion-matrix needs matplotlib; install it with: pip install 'qna_timm[train]'"
-        ) from error
+        text = missing_package("--confusion-matrix", "matplotlib", "train")
+        raise UsageError(text) from error
 
 
 def draw_confusion_matrix(path: Path, matrix: Tensor, class_names: Sequence[str] | None) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qna_timm.training.errors import UsageError, closest
+from qna_timm.training.errors import UsageError, closest, closest_path
 
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("val", "valid", "validation", "eval", "evaluation")
@@ -52,8 +52,7 @@ def _check_root(args: argparse.Namespace) -> Path:
         raise UsageError("no data folder named; give one with --data-dir")
     root = Path(args.data_dir)
     if not root.exists():
-        siblings = [str(path) for path in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise UsageError(f"--data-dir {root} does not exist{closest(str(root), siblings)}")
+        raise UsageError(f"--data-dir {root} does not exist{closest_path(root)}")
     if root.is_file() and root.suffix.lower() != ".tar":
         raise UsageError(f"--data-dir {root} is neither a folder nor a .tar archive")
     return root

@@ -440,7 +440,7 @@ class TestOtherKinds:
 
     def test_missing_scikit_learn(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-        with pytest.raises(UsageError, match=r"qna_timm\[train\]"):
+        with pytest.raises(UsageError, match=r"pip install scikit-learn .*\[train\]"):
             data.open_datasets(digits_args())
 
 

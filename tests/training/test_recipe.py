@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from qna_timm.training import checks
-from qna_timm.training.errors import UsageError, closest, run_cli
+from qna_timm.training.errors import UsageError, closest, closest_path, run_cli
 from qna_timm.training.intervals import Interval, parse_duration, parse_interval
 from qna_timm.training.names import expand_model_names
 from qna_timm.training.recipe import as_yaml_dict, parse_train_args, parse_validate_args
@@ -443,6 +443,16 @@ def test_closest():
     assert closest("abcd", ["abce", "abcf"], n=1).count("'") == 2
     assert " or " in closest("abcd", ["abce", "abcf"])
     assert closest("Adamw", ["adamw"]) == "; did you mean 'adamw'?"
+
+
+def test_closest_path_compares_names_not_folders(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "output").mkdir()
+    found = f"; did you mean '{tmp_path}/photos'?"
+    assert closest_path(tmp_path / "fotos") == closest_path(tmp_path / "photo" / "train") == found
+    assert closest_path(tmp_path / "unlike") == ""
+    monkeypatch.chdir(tmp_path)
+    assert closest_path("fotos") == "; did you mean 'photos'?"
 
 
 @pytest.mark.parametrize("rank, printed", [(None, True), ("0", True), ("1", False)])

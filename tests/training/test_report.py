@@ -64,7 +64,7 @@ def test_no_matplotlib_names_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not curves.can_draw()
-    assert "pip install 'qna_timm[train]'" in caplog.text
+    assert "curves needs matplotlib: pip install matplotlib (or pip install -e" in caplog.text
 
 
 def test_settings_reload(tmp_path: Path) -> None:
