@@ -29,8 +29,9 @@ from qna_timm.convert import (
 )
 from qna_timm.models import CSWin, GramianNet, QnAViT, SAResNet  # and registers the models
 from qna_timm.training.checkpoint import METADATA_KEY, read_weights
-from qna_timm.training.errors import UsageError, closest, run_cli
+from qna_timm.training.errors import UsageError, closest, missing_package, run_cli
 from qna_timm.training.files import save_tensors
+from qna_timm.training.flags import OneLineParser
 
 HEAD = ("head.fc.weight", "head.fc.bias")
 
@@ -71,7 +72,7 @@ RELEASES = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
         "checkpoint",
         type=Path,
@@ -105,8 +106,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _check_args(args: argparse.Namespace) -> Release:
     names = [name for start in RELEASES for name in timm.list_models(f"{start}*")]
     if args.model not in names:
+        families = ", ".join(f"{start}*" for start in RELEASES)
         raise UsageError(
-            f"--model {args.model}: no converter for this model{closest(args.model, names)}"
+            f"--model {args.model}: no converter for this model, only for {families}"
+            f"{closest(args.model, names)}"
         )
     if args.out.suffix != ".safetensors":
         raise UsageError(f"--out {args.out}: the name must end in .safetensors")
@@ -120,7 +123,7 @@ def _check_args(args: argparse.Namespace) -> Release:
     if release.is_flax and args.use_ema:
         raise UsageError(f"--use-ema: {args.model}'s checkpoints hold one set of weights")
     if release.is_flax and importlib.util.find_spec("msgpack") is None:
-        raise UsageError("msgpack is not installed: pip install 'qna_timm[convert]'")
+        raise UsageError(missing_package(f"--model {args.model}", "msgpack", "convert"))
     return release
 
 
@@ -167,7 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         model = _create_model(args, release, found)
         state_dict = release.convert(tensors, model, exact=True)
     except (ConversionError, OSError) as error:
-        raise UsageError(f"{args.checkpoint}: {error}") from None
+        reason = str(error).removeprefix(args.checkpoint.name).lstrip(": ")
+        raise UsageError(f"{args.checkpoint}: {reason}") from None
     wanted = found if args.num_classes is None else args.num_classes
     if wanted != found:
         for name in HEAD:

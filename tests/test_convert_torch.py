@@ -70,7 +70,7 @@ def test_other_number_of_classes(checkpoint: Path, tmp_path: Path, capsys, caplo
         (["--model", "ga_convnext_tiny_768"], "not one of ga_convnext_tiny_768: wrong shape"),
         (["--model", "ga_convnext_small"], "not one of ga_convnext_small: missing"),
         (["--model", "ga_convnext_tniy"], "did you mean 'ga_convnext_tiny"),
-        (["--model", "qna_vit_tiny"], "not a whole Flax msgpack checkpoint"),
+        (["--model", "qna_vit_tiny"], r"tar: is a PyTorch file; .* are Flax msgpack"),
         (["--model", "qna_vit_tiny", "--use-ema"], "--use-ema: qna_vit_tiny's checkpoints"),
         (["--model", NAME, "--model-kwargs", "num_branches=3"], "wrong shape"),
         (["--model", NAME, "--model-kwargs", "num_branch=3"], "num_branch"),

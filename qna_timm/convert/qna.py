@@ -93,6 +93,13 @@ def _checkpoint_file(path: Path) -> Path:
     return steps[max(steps)]
 
 
+def _other_format(content: bytes) -> str | None:
+    """What a file is that is not msgpack, by its first bytes."""
+    if content.startswith((b"PK\x03\x04", b"\x80\x02")):  # torch.save's archive, or a pickle
+        return "PyTorch"
+    return "safetensors" if content[8:10] == b'{"' else None
+
+
 def read_flax_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     """Parameters and batch statistics of a Flax checkpoint file, or of a folder's newest one.
 
@@ -106,15 +113,19 @@ def read_flax_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
         Arrays by '/'-joined path, as in 'QnAStage_0/QnA_Block_1/FusedKQnA_0/query'.
 
     Raises:
-        ConversionError: no such file, not msgpack, truncated, or without parameters.
+        ConversionError: no such file, not msgpack, of another format, truncated, or without
+            parameters.
     """
     import msgpack
 
     file = _checkpoint_file(Path(path))
-    try:
-        tree = msgpack.unpackb(
-            file.read_bytes(), ext_hook=_decode_ext, raw=False, strict_map_key=False
+    content = file.read_bytes()
+    if other := _other_format(content):
+        raise ConversionError(
+            f"{file.name} is a {other} file; the released QnA-ViT files are Flax msgpack"
         )
+    try:
+        tree = msgpack.unpackb(content, ext_hook=_decode_ext, raw=False, strict_map_key=False)
         tree = _join_chunks(tree)
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
         raise ConversionError(

@@ -204,7 +204,7 @@ def convert(flag: Flag, value: Any, where: str) -> Any:
     return [_convert_scalar(flag, item, where) for item in value]
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are `UsageError`s."""
 
     def error(self, message: str) -> Any:
@@ -258,7 +258,7 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 def build_parser(table: FlagTable, prog: str, description: str) -> argparse.ArgumentParser:
     """Make the parser of a flag table; it yields raw values of only the flags that were given."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog=prog,
         usage="%(prog)s [flags] [DATA]",
         formatter_class=_formatter,
