@@ -1,4 +1,9 @@
-"""The processes of a run: one without a launcher, several under torchrun or SLURM."""
+"""The processes of a run: one without a launcher, several under torchrun or SLURM.
+
+What hosts tell each other (flags, decisions, objects) goes over gloo, whatever the device: NCCL
+would have them wait for the device, which may wait for a process that is gone until NCCL's own time
+is out. NCCL carries what is computed on the device: gradients, statistics, sums of metrics.
+"""
 
 import os
 import re
@@ -29,6 +34,13 @@ GLOO_PLACE = re.compile(r"\[[^\]]*gloo/[^\]]*\]\s*")
 GLOO_MESSAGE = re.compile(
     r"Application timeout caused|Connect(ion closed by peer| timeout)|Peer disconnected"
     r"|Remote peer closed|Socket (unexpectedly )?closed|Timed out waiting \d"
+)
+# NCCL's cause comes after its advice; what does not sound like a loss is wrong on this machine.
+NCCL_CAUSE = re.compile(r"Last error: *\n(.+)")
+NCCL_LOSS = re.compile(
+    r"broken pipe|connection|ncclRemoteError|network error|remote (peer|process)"
+    r"|tim(ed|ing) out|timeout",
+    re.IGNORECASE,
 )
 
 
@@ -93,8 +105,8 @@ def join_processes(
     if world_size > 1:
         if by_slurm:
             set_rendezvous(os.environ)
-        backend = dist.get_default_backend_for_device(resolved)
-        _in_thread(lambda: _connect(backend, rank, world_size, timeout), while_waiting)
+        backends = _backends(resolved)
+        _in_thread(lambda: _connect(backends, rank, world_size, timeout), while_waiting)
         # What later looks for these, in this process or in its loader workers, finds one kind.
         os.environ.update(LOCAL_RANK=str(local_rank), RANK=str(rank), WORLD_SIZE=str(world_size))
     return Processes(resolved, rank, world_size)
@@ -124,6 +136,12 @@ def _choose_device(device: str, local_rank: int | None, by_slurm: bool) -> torch
     return resolved
 
 
+def _backends(device: torch.device) -> str:
+    """Gloo for what is on the host and the device's own for what is there, as PyTorch spells it."""
+    own = dist.get_default_backend_for_device(device)
+    return own if own == "gloo" else f"cpu:gloo,{device.type}:{own}"
+
+
 def _in_thread(work: Callable[[], None], while_waiting: Callable[[], None]) -> None:
     """Do what waits outside Python, where no signal's handler would run before it is through."""
     problems: list[BaseException] = []
@@ -143,12 +161,12 @@ def _in_thread(work: Callable[[], None], while_waiting: Callable[[], None]) -> N
         raise problems[0]
 
 
-def _connect(backend: str, rank: int, world_size: int, timeout: timedelta | None) -> None:
+def _connect(backends: str, rank: int, world_size: int, timeout: timedelta | None) -> None:
     """Connect to the other processes where the environment says that rank 0 is met."""
     try:
         store = fresh_store(rank, world_size, timeout) if meets_in_used_store() else None
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+            backends, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
     except ValueError as error:  # without MASTER_ADDR or MASTER_PORT
         raise UsageError(f"{world_size} processes: {error}; torchrun and srun set it") from error
@@ -159,6 +177,12 @@ def _connect(backend: str, rank: int, world_size: int, timeout: timedelta | None
         raise UsageError(
             f"MASTER_PORT={port}: in use on this machine, another number is needed"
         ) from error
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        # NCCL looks for a way between machines; gloo takes the address that a machine's name has.
+        hint = "GLOO_SOCKET_IFNAME=eth0 or the like is needed where that is its own 127.*"
+        raise dist.DistNetworkError(f"{_reason(error)}; {hint}") from error
 
 
 def leave_processes() -> None:
@@ -191,22 +215,37 @@ def lost_connection(error: BaseException) -> str | None:
             `join_processes`.
 
     Returns:
-        The line, or None for any other exception.
+        The line, or NCCL's own where it cannot work for another reason; None for any other
+        exception.
     """
     while error is not None:
         text = str(error)
         by_gloo = GLOO_PLACE.search(text) or GLOO_MESSAGE.match(text)
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and by_gloo):
-            # Only the first line, without advice on PyTorch, helps who runs this.
-            first, *_ = GLOO_PLACE.sub("", text).strip().splitlines() or [type(error).__name__]
-            reason = first.partition(". This is typically")[0].rstrip(".")
+            reason = _reason(error)
+            if isinstance(error, dist.DistBackendError) and not NCCL_LOSS.search(text):
+                return reason
             return f"the connection to other processes is lost ({reason})"
         error = error.__cause__ or error.__context__
     return None
 
 
+def _reason(error: BaseException) -> str:
+    """What helps who runs this: the first line without advice on PyTorch, and NCCL's cause."""
+    text = GLOO_PLACE.sub("", str(error)).strip()
+    first, *_ = text.splitlines() or [type(error).__name__]
+    reason = first.partition(". This is typically")[0].rstrip(".")
+    cause = NCCL_CAUSE.search(text)
+    return f"{reason}: {cause[1].strip()}" if cause else reason
+
+
 def reduce_flags(values: Sequence[bool | Tensor], processes: Processes) -> list[int]:
-    """Element-wise maximum of a few flags over all processes: one all-reduce, one read by the host.
+    """Element-wise maximum of a few flags over all processes, in one or two small all-reduces.
+
+    What the host knows goes first, over gloo, while an accelerator still computes the rest: a
+    process that was lost before it came here is noticed at once, not when NCCL's time is out. The
+    host has nothing else to do then; P processes need 2 (P - 1) messages, one after the other,
+    0.1 ms for a few on one machine. Then it waits for the device, once. On the CPU all go together.
 
     Args:
         values: Whole numbers or booleans, those computed on the device as scalar tensors; as many
@@ -216,13 +255,18 @@ def reduce_flags(values: Sequence[bool | Tensor], processes: Processes) -> list[
     Returns:
         The maxima, the same on every process.
     """
-    given = [0 if isinstance(value, Tensor) else int(value) for value in values]
-    if not processes.distributed and not any(isinstance(value, Tensor) for value in values):
-        return given
-    flags = torch.tensor(given, dtype=torch.int32).to(processes.device, non_blocking=True)
-    for index, value in enumerate(values):
-        if isinstance(value, Tensor):
-            flags[index] = value
+    later = [processes.device.type != "cpu" and isinstance(value, Tensor) for value in values]
+    given = [0 if waits else int(value) for value, waits in zip(values, later, strict=True)]
+    known = _maxima(torch.tensor(given, dtype=torch.int32), processes)
+    if not any(later):
+        return known
+    flags = [value.to(processes.device) for value in values if isinstance(value, Tensor)]
+    computed = iter(_maxima(torch.stack([flag.int() for flag in flags]), processes))
+    return [next(computed) if waits else value for value, waits in zip(known, later, strict=True)]
+
+
+def _maxima(flags: Tensor, processes: Processes) -> list[int]:
+    """`flags` [N] or, if others have larger ones, theirs; read by the host."""
     if processes.distributed:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     return flags.tolist()
@@ -247,7 +291,7 @@ def decide_on_primary(processes: Processes, decide: Callable[[], T]) -> T:
             where = f"{error.filename}: " if error.filename else ""
             outcome = [None, f"{where}{error.strerror or error}"]
     if processes.distributed:
-        dist.broadcast_object_list(outcome, device=processes.device)
+        dist.broadcast_object_list(outcome)
     answer, problem = outcome
     if problem is not None:
         raise UsageError(problem)
@@ -255,7 +299,7 @@ def decide_on_primary(processes: Processes, decide: Callable[[], T]) -> T:
 
 
 def sum_over_processes(values: Tensor, processes: Processes) -> Tensor:
-    """Element-wise sum of a tensor over all processes; `values` is left as it is."""
+    """Element-wise sum of a tensor over all processes, where it is; `values` is left as it is."""
     if not processes.distributed:
         return values
     total = values.clone()

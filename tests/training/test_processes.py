@@ -109,6 +109,29 @@ def test_slurm_tasks_connect_agree_and_notice_a_loss() -> None:
     assert line.startswith("the connection to other processes is lost (") and "gloo" not in line
 
 
+def test_hosts_agree_over_gloo_whatever_the_device() -> None:
+    """A backend that does nothing stands in for NCCL: what it carries does not arrive."""
+    script = """
+        import torch
+        import torch.distributed as dist
+        from qna_timm.training import distributed
+        from qna_timm.training.distributed import *
+        from qna_timm.training.distributed import gather_to_all, gather_to_primary, reduce_flags
+        dist.Backend.default_device_backend_map["cuda"] = "fake"
+        distributed._choose_device = lambda *_: torch.device("cuda:0")
+        mine = join_processes("cuda")
+        told = [decide_on_primary(mine, lambda: "yes"), reduce_flags([mine.rank, 15], mine)]
+        told += [gather_to_all(mine.rank, mine), gather_to_primary(mine.rank, mine)]
+        dist.barrier()
+        print(dist.get_backend(), told)
+        leave_processes()
+    """
+    first, second = start(script, [slurm_task(0), slurm_task(1)])
+    (output, errors), (other, _) = first.communicate(timeout=50), second.communicate(timeout=50)
+    assert output == "cpu:gloo,cuda:fake ['yes', [1, 15], [0, 1], [0, 1]]\n", errors
+    assert other == "cpu:gloo,cuda:fake ['yes', [1, 15], [0, 1], None]\n"
+
+
 def test_missing_process_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in slurm_task(0, MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
         monkeypatch.setenv(name, value)
@@ -165,10 +188,45 @@ def test_device_that_is_not_there() -> None:
         join_processes("gpu")
 
 
+@pytest.mark.parametrize(
+    "device, backends", [("cpu", "gloo"), ("mps", "gloo"), ("cuda:1", "cpu:gloo,cuda:nccl")]
+)
+def test_backends(device: str, backends: str) -> None:
+    assert distributed._backends(torch.device(device)) == backends
+
+
+def test_lost_processes_are_noticed_before_the_device_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reduced = []
+
+    def maxima(flags: torch.Tensor, processes: Processes) -> list[int]:
+        reduced.append((flags.device.type, flags.dtype, len(flags)))
+        return flags.tolist() if flags.device == CPU else [7, 8]
+
+    monkeypatch.setattr(distributed, "_maxima", maxima)
+    bad, worse = torch.empty((), dtype=torch.bool, device="meta"), torch.empty((), device="meta")
+    flags = reduce_flags([bad, 15, worse, False], Processes(torch.device("meta"), 0, 2))
+    assert flags == [7, 15, 8, 0]
+    assert reduced == [("cpu", torch.int32, 4), ("meta", torch.int32, 2)]
+
+
 def test_flags_of_one_process() -> None:
     alone = Processes(CPU)
     assert reduce_flags([True, False, 15], alone) == [1, 0, 15]
     assert reduce_flags([torch.tensor(True), 15, torch.tensor(False)], alone) == [1, 15, 0]
+
+
+NCCL_PLACE = "NCCL error in: /src/NCCLUtils.hpp:268, "
+SET_UP = f"""{NCCL_PLACE}invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.29
+ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
+Last error:
+Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000"""
+SOCKET = f"""{NCCL_PLACE}unhandled system error (run with NCCL_DEBUG=INFO for details)
+ncclSystemError: System call (e.g. socket, malloc) or external library call failed.
+Last error:
+socketProgress: Connection closed by remote peer node7<41234>
+Exception raised from create"""
 
 
 @pytest.mark.parametrize(
@@ -186,7 +244,12 @@ def test_flags_of_one_process() -> None:
             "(Application timeout caused pair closure)",
         ),
         (dist.DistBackendError("NCCL error: remote process exited\nmore"), "(NCCL error: remote"),
-        (dist.DistBackendError(""), "(DistBackendError)"),
+        (dist.DistBackendError(""), "DistBackendError"),
+        (dist.DistBackendError(SOCKET), "details): socketProgress: Connection closed by remote"),
+        (
+            dist.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL("),
+            "the connection to other processes is lost (Watchdog caught",
+        ),
         (RuntimeError("Connection closed by a web server"), None),
         (ValueError("gloo/transport"), None),
     ],
@@ -194,6 +257,21 @@ def test_flags_of_one_process() -> None:
 def test_lost_connection(error: Exception, line: str | None) -> None:
     told = lost_connection(error)
     assert told is None if line is None else line in told and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (
+            SET_UP,
+            f"{NCCL_PLACE}invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.29:"
+            " Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000",
+        ),
+        (f"{NCCL_PLACE}internal error\nLast error:\n\nframe #0", f"{NCCL_PLACE}internal error"),
+    ],
+)
+def test_error_of_nccl_that_is_no_loss(text: str, line: str) -> None:
+    assert lost_connection(dist.DistBackendError(text)) == line
 
 
 def test_lost_connection_behind_another_error() -> None:
