@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import get_worker_info
 
@@ -47,6 +48,20 @@ def seed_optimizer(optimizer: Optimizer, seed: int, device: torch.device) -> Non
         inner.generator.manual_seed(seed)
     elif hasattr(inner, "rng"):
         seed_generators(seed, device)
+
+
+def seed_average(average: nn.Module | None, seed: int) -> None:
+    """Seeds what averaged weights in bfloat16 are rounded by: the same on every process.
+
+    timm's average has a generator of its own, which its state leaves out.
+
+    Args:
+        average: timm's `ModelEmaV3`, or None without an average.
+        seed: Of the update.
+    """
+    generator = getattr(average, "_sr_generator", None)
+    if generator is not None:
+        generator.manual_seed(seed)
 
 
 @contextlib.contextmanager

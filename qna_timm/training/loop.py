@@ -25,7 +25,7 @@ from qna_timm.training.distributed import (
     reduce_flags,
 )
 from qna_timm.training.evaluation import check_labels
-from qna_timm.training.generators import derive_seed, seed_optimizer
+from qna_timm.training.generators import derive_seed, seed_average, seed_optimizer
 from qna_timm.training.intervals import Interval
 from qna_timm.training.loss_mean import LossMean
 from qna_timm.training.nonfinite import BufferKeeper, Fault, NonFinite, all_finite, bad_loss
@@ -363,6 +363,8 @@ class Trainer:
         # A scale that fell says that gradients were not finite and the step was left out.
         if self._scale >= scale:
             self.task.post_step()
+            average = self.task.get_trainable_module(ema=True)
+            seed_average(average, derive_seed("average", args.seed, self.num_updates))
             self.task.update_ema(step=self.num_updates)
         if args.synchronize_step and self.processes.device.type != "cpu":
             torch.accelerator.synchronize()

@@ -74,24 +74,27 @@ class BufferKeeper:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._buffers = [
-            buffer
-            for buffer in model.buffers()
-            if buffer.is_floating_point() or (buffer.ndim == 0 and buffer.dtype != torch.bool)
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for buffer in model.buffers():
+            if buffer.is_floating_point() or (buffer.ndim == 0 and buffer.dtype != torch.bool):
+                kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        # PyTorch copies a list in one kernel only where all is of one kind.
+        self._kinds = [
+            (buffers, [torch.empty_like(buffer) for buffer in buffers])
+            for buffers in kinds.values()
         ]
-        self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
 
     @torch.no_grad()
     def keep(self) -> None:
         """Copy the buffers as they are now."""
-        if self._buffers:
-            torch._foreach_copy_(self._copies, self._buffers)
+        for buffers, copies in self._kinds:
+            torch._foreach_copy_(copies, buffers)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the buffers back to what they were at the last `keep`."""
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._copies)
+        for buffers, copies in self._kinds:
+            torch._foreach_copy_(buffers, copies)
 
 
 def bad_loss(losses: Mapping[str, Tensor]) -> str | None:

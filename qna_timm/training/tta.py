@@ -34,7 +34,8 @@ class AveragedViews(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Average logits [B, classes] of images [B, C, H, W]."""
-        logits = [self.model(_view(images, shift, flip)) for shift, flip in self.views]
+        # A compiled model may write its next output over the last one: CUDA graphs do.
+        logits = [self.model(_view(images, shift, flip)).clone() for shift, flip in self.views]
         return torch.stack(logits).mean(0)
 
 

@@ -68,12 +68,14 @@ SETTINGS = {
     "noise": "--sched tanh --lr-noise 0 0.9 --warmup-epochs 0",
     "plateau": "--sched plateau --lr-noise 0.3 0.9 --patience-epochs 0 --warmup-epochs 0",
     "adahessian": "--opt adahessian --lr 0.05",
+    "bfloat16": "--model-dtype bfloat16 --model-ema --model-ema-decay 0.9",
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_schedules_and_optimizers(train: ModuleType, tmp_path: Path, name: str) -> None:
-    """Learning rates before a schedule's first step, noise on them, an optimizer that draws."""
+    """Learning rates before a schedule's first step, noise on them; an optimizer and an average
+    that draw."""
     argv = flags_of(Case(f"--model test_vit {SETTINGS[name]}"), tmp_path / "output")
     log, folder = tmp_path / "log", tmp_path / "output" / "run"
     to_the_end(train, argv, log, prepare=without_drawing)

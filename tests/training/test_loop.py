@@ -117,6 +117,21 @@ def test_task_hooks() -> None:
     assert metrics["loss"] == pytest.approx(metrics["loss_class"] + metrics["loss_penalty"])
 
 
+def test_average_of_bfloat16_is_rounded_by_its_place_in_the_run() -> None:
+    """Not by how many updates this process has made: timm's own generator would know that."""
+    averages = []
+    for updates_before in (0, 3):
+        trainer, _ = trainer_for(linear().bfloat16(), "--lr", "0.1")
+        average = trainer.task.setup_ema(decay=0.9)
+        for _ in range(updates_before):
+            average.update(linear().bfloat16(), step=9)
+        average.set(linear().bfloat16())
+        data = [(x.bfloat16(), target) for x, target in batches(4)]
+        trainer.train_epoch(data, 2, "train")
+        averages.append(average.module.weight)
+    assert averages[0].equal(averages[1])
+
+
 def test_skipped_step_is_no_step() -> None:
     """float16: gradients that overflow skip the update, the hook and the average."""
     model = linear()
@@ -194,6 +209,23 @@ def test_losses_follow_the_flags() -> None:
         (["--jsd-loss", "--aug-splits", "3"], "JsdCrossEntropy"),
     ]:
         assert type(create_loss(parse_train_args([*base, *argv]))).__name__ == name
+
+
+class OneOutput(nn.Module):
+    """Flattens each batch into the same memory, as a CUDA graph does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = torch.empty(2, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out.copy_(x.flatten(1))
+
+
+def test_views_are_averaged_where_outputs_are_overwritten() -> None:
+    images = torch.randn(2, 1, 16, 16)
+    averaged = AveragedViews(OneOutput(), 4, mirror=True)(images)
+    assert torch.equal(averaged, AveragedViews(nn.Flatten(), 4, mirror=True)(images))
 
 
 def test_views_are_averaged() -> None:

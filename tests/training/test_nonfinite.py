@@ -100,6 +100,21 @@ def test_buffers_are_put_back_to_the_bit():
     nothing.restore()
 
 
+def test_buffers_of_one_type_are_copied_together(monkeypatch):
+    """Lists of several types are copied one by one on a GPU."""
+    copied, foreach = [], torch._foreach_copy_
+
+    def copy(targets, sources):
+        copied.append({tensor.dtype for tensor in [*targets, *sources]})
+        foreach(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", copy)
+    keeper = BufferKeeper(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+    keeper.keep()
+    keeper.restore()
+    assert copied == 2 * [{torch.float32}, {torch.int64}]
+
+
 def test_which_loss_is_bad():
     good, bad = torch.tensor(1.0), torch.tensor(NAN)
     assert bad_loss({"loss": good, "loss_class": good}) is None
