@@ -51,7 +51,7 @@ BUCKET_BYTES = 25e6
 
 def time_row(what: str, call: Call, rounds: int, device: torch.device, digits: int = 0) -> Row:
     """Median and quartiles of a call, in milliseconds."""
-    wall = time_rounds({what: call}, rounds, device.type, turn_seconds=0)[what].wall
+    wall = time_rounds({what: call}, rounds, str(device), turn_seconds=0)[what].wall
     median = f"{statistics.median(wall):.{digits}f}"
     return {"what": what, "ms": median, "quartiles": quartile_text(wall, digits)}
 

@@ -295,10 +295,10 @@ def compare(
     Returns:
         A result for every candidate: time and memory, or why not.
     """
-    alone = {name: measure_alone(make, device, skip_after) for name, make in makers.items()}
-    if device != "cpu":
-        torch.cuda.empty_cache()
     torch.compiler.reset()  # else graphs of earlier shapes make it give up, or compile for any size
+    if device != "cpu":
+        torch.cuda.empty_cache()  # what earlier calls left, the processes to come would lack
+    alone = {name: measure_alone(make, device, skip_after) for name, make in makers.items()}
     calls = {name: makers[name]() for name, result in alone.items() if not result.skipped}
     turns = {}
     for name in calls:

@@ -144,6 +144,23 @@ def test_others_are_measured_beside_who_cannot_run() -> None:
     assert len(results["good"].timing.wall) == 2 and not results["good"].skipped
 
 
+def test_memory_is_given_back_before_others_measure_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    alone = measuring.Result(skipped="no GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", partial(order.append, "empty"))
+    monkeypatch.setattr(measuring, "measure_alone", lambda *_: order.append("alone") or alone)
+    assert measuring.compare({"one": refuse}, 1, "cuda") == {"one": alone}
+    assert order == ["empty", "alone"]
+
+
+def test_a_step_waits_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited_for: list[str] = []
+    monkeypatch.setattr(measuring, "synchronize", waited_for.append)
+    bench_step = importlib.import_module("bench_step")
+    bench_step.time_row("call", list, 1, torch.device("cuda:1"))
+    assert set(waited_for) == {"cuda:1"}
+
+
 def test_candidates_take_turns() -> None:
     order: list[str] = []
     calls = {name: partial(order.append, name) for name in "abc"}

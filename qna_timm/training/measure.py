@@ -18,6 +18,7 @@ from qna_timm.training.errors import UsageError
 from qna_timm.training.evaluation import Observer, evaluate
 from qna_timm.training.gramian_task import has_branches
 from qna_timm.training.image_loader import ImageLoader
+from qna_timm.training.kernels import choose_kernels
 from qna_timm.training.names import model_label
 from qna_timm.training.observers import BranchCounts, ClassCounts, ImageCount, RealLabels
 from qna_timm.training.precision import Precision
@@ -61,6 +62,7 @@ def measure(
     Raises:
         UsageError: the settings, the data, the checkpoint and the model do not go together.
     """
+    choose_kernels(processes.device)
     random_seed(settings.seed)  # the same random weights on all processes
     dataset, class_names = open_labelled(settings, metadata)
     model, weights = build_candidate(settings, metadata)
@@ -143,7 +145,7 @@ def _evaluate(
         enabled=processes.is_primary,
     ) as progress:
         _warm_up(model, loader, settings, precision)
-        start = time.perf_counter()
+        start = _seconds(processes.device)
         metrics = evaluate(
             model,
             loader,
@@ -155,7 +157,14 @@ def _evaluate(
             observers=counts.observers,
             branch_counts=counts.branches,
         )
-        return metrics, time.perf_counter() - start
+        return metrics, _seconds(processes.device) - start
+
+
+def _seconds(device: torch.device) -> float:
+    """The clock, once the device is through with all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 @torch.no_grad()

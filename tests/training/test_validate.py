@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,9 +18,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from qna_timm.training import measure
 from qna_timm.training.checkpoint import save_weights
 from qna_timm.training.digits import CLASS_NAMES, Digits
 from qna_timm.training.errors import UsageError
+from qna_timm.training.kernels import choose_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA_CONFIG = {
@@ -258,6 +261,33 @@ def test_smaller_batches_when_memory_runs_out(
     assert result(capsys)["images"] == 359
     with pytest.raises(RuntimeError, match="out of memory"):
         script.main([*COMMON, "--checkpoint", str(run_folder)])
+
+
+def test_what_was_begun_before_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU still computes what came before when Python looks at the clock."""
+    order: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: order.append(device.type))
+    monkeypatch.setattr(time, "perf_counter", lambda: order.append("clock") or 1.0)
+    assert measure._seconds(torch.device("cuda")) == measure._seconds(torch.device("cpu")) == 1
+    assert order == ["cuda", "clock", "clock"]
+
+
+def test_kernels_are_those_of_training(
+    script: ModuleType, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(measure, "choose_kernels", chosen.append)
+    assert script.main(["--checkpoint", str(run_folder), "--device", "cpu"]) == 0
+    assert chosen == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, chosen = torch.backends.cudnn, []
+    monkeypatch.setattr(cudnn, "benchmark", False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    choose_kernels(torch.device(device))
+    assert (cudnn.benchmark, chosen) == ((True, ["high"]) if device == "cuda" else (False, []))
 
 
 class TestMistakes:
