@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from ahead_of_time import compile_launch, record_launches, resources, run_cases
 
@@ -43,13 +43,31 @@ def test_kernels_compile(dtype: torch.dtype, kernel_size: int, capability: int) 
     forward = "toeplitz_kernel" if prefix else "forward_kernel"
     gradients = [f"{prefix}delta_kernel", f"{prefix}token_kernel", "table_kernel"]
     assert names == [forward, *gradients, *(["toeplitz_table_kernel"] if prefix else [])]
+    # before 3.9 Triton took more for products of float32 numbers on an A100
+    older = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+    most = 448 if older and (dtype, capability) == (torch.float32, 80) else 256
     for name, launch in zip(names, launches, strict=True):
         compiled = compile_launch(launch, capability)
         # bytes of a thread: here and there a few; behind the products' loop what they waited for
-        assert resources(compiled).spilled <= (256 if prefix else 64)
+        assert resources(compiled).spilled <= (most if prefix else 64)
         if name.startswith("toeplitz"):
             products = "wgmma.mma_async" if capability == 90 else "mma.sync"
             assert products in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("head_dim", [1, 2])
+def test_few_channels_compile(head_dim: int) -> None:
+    """Products of tensor cores sum 16 numbers at least."""
+    scores = torch.empty(1, 28, 28, 2, 8)
+    value = torch.empty(1, 28, 28, 8 * head_dim, dtype=torch.bfloat16)
+    table, window = torch.empty(49, 2, 8), ((7, 7), 1, 3)
+
+    def call() -> None:
+        out, stats = qna_triton.forward(scores, value, table, table, *window)
+        qna_triton.backward(out, scores, value, table, table, stats, *window)
+
+    for launch in record_launches(qna_triton, call):
+        compile_launch(launch, 90)
 
 
 def test_needs_a_gpu() -> None:

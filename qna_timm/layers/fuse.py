@@ -4,11 +4,14 @@ Letters: B batch, H W the fused map, A channels of all maps together, D channels
 """
 
 import torch
-from timm.layers import DropPath, SEModule
+from timm.layers import DropPath, SEModule, register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qna_timm.layers.batch_norm import SmallBatchNorm2d
+from qna_timm.ops import average_pool_to
+
+register_notrace_function(average_pool_to)  # a setting of PyTorch's decides inside
 
 
 def tap_positions(depth: int, num_taps: int) -> list[int]:
@@ -92,7 +95,7 @@ class MapFusion(nn.Module):
         resized = []
         for i, x in enumerate(maps):
             if self.pooled[i]:
-                x = F.adaptive_avg_pool2d(x, size)
+                x = average_pool_to(x, size)
             elif self.upsampled[i]:
                 x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
             resized.append(x)

@@ -16,11 +16,12 @@ from qna_timm.ops.reference import (
     qna_attention_reference,
     span_attention_reference,
 )
-from qna_timm.ops.resize import resize_offset_table
+from qna_timm.ops.resize import average_pool_to, resize_offset_table
 from qna_timm.ops.span_api import explain_span_attention, span_attention
 from qna_timm.ops.span_attn import ring_index, ring_weights
 
 __all__ = [
+    "average_pool_to",
     "class_attention",
     "class_attention_reference",
     "explain_qna_attention",

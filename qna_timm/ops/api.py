@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qna_timm.ops import qna_native
 from qna_timm.ops.dispatch import Choice, against_triton, choose
+from qna_timm.ops.float32 import full_float32, is_plain_float32
 from qna_timm.ops.library import has_tangents
 from qna_timm.ops.qna_attn import FORMS, Problem
 from qna_timm.ops.qna_eager import qna_offsets
@@ -69,8 +70,8 @@ def learned_query_scores(
         scores[b, y, x, q, j] = query[q, j] . key_j(x[b, y, x]),  key(x) = key_weight x + key_bias
 
     Queries do not depend on the input, so they are folded into the key projection: D*Q*h
-    multiplications for a token in place of D*C. Autocast is off inside: a half-precision score
-    of 1000 would be good to the nearest half only, and goes into an exponential.
+    multiplications for a token in place of D*C. Autocast and TF32 are off inside: a half-precision
+    score of 1000 would be good to the nearest half only, and goes into an exponential.
 
     Args:
         x: [B, H, W, D].
@@ -88,9 +89,9 @@ def learned_query_scores(
     if torch.jit.is_scripting():
         return _folded_scores(x, key_weight, key_bias, query)
     else:  # in so many words: the script compiler skips an else branch, not code that follows
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        if is_plain_float32(x):
             return _folded_scores(x, key_weight, key_bias, query)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_float32(x.device):
             return _folded_scores(x, key_weight, key_bias, query)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qna_timm.ops.branches import gram_matrix, part_linear
+from qna_timm.ops.float32 import full_float32, is_plain_float32
 
 
 def triangle_index(gram_dim: int, device: torch.device | str | None = None) -> Tensor:
@@ -33,8 +34,8 @@ def gram_triangle(x: Tensor, index: Tensor, height: int) -> Tensor:
         gram = F F^T / (height^2 N),   out = triu(gram) / max(|triu(gram)|, 1e-12)
 
     with the columns of F the positions of a map. The scales matter to the floor of the norm only.
-    Products and sums are float32 (float64 for float64 input), also under autocast: a sum over
-    positions in half precision loses what sets two images apart.
+    Products and sums are float32 (float64 for float64 input), also under autocast and where TF32
+    is on: a sum over positions in fewer digits loses what sets two images apart.
 
     Args:
         x: Maps as tokens [M, B, N, G].
@@ -48,9 +49,9 @@ def gram_triangle(x: Tensor, index: Tensor, height: int) -> Tensor:
     if torch.jit.is_scripting():
         return _gram_triangle(x, index, height)
     else:  # in so many words: the script compiler skips an else branch, not code that follows
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        if is_plain_float32(x):
             return _gram_triangle(x, index, height)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_float32(x.device):
             return _gram_triangle(x, index, height)
 
 
@@ -138,7 +139,7 @@ def class_attention(
         )
         return out.to(returned)
     else:
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        if is_plain_float32(x):
             return _class_attention(query, x, token, *weights, num_heads).to(returned)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_float32(x.device):
             return _class_attention(query, x, token, *weights, num_heads).to(returned)

@@ -8,15 +8,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from qna_timm.ops.float32 import full_float32
+
 _library = torch.library.Library("qna_timm", "FRAGMENT")
 
 
-def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+# CUDA graphs do without our operators, which look at values; known from PyTorch 2.9 on.
+_TAGS = tuple(
+    getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)
+)
+
+
+def in_full_float32(function: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast stops at functions, not at what they call."""
 
     @functools.wraps(function)
     def call(first: Tensor, *args: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
+        with full_float32(first.device):
             return function(first, *args)
 
     return call
@@ -29,12 +37,13 @@ def register_operator(
 
     Args:
         schema: Name, arguments and results as PyTorch writes them.
-        function: What it computes; arguments come by position, gradients and autocast are off.
+        function: What it computes; arguments come by position; gradients, autocast and TF32
+            are off.
         fake: Shapes and dtypes of the results, of arguments without values.
     """
-    _library.define(schema)
+    _library.define(schema, tags=_TAGS)
     name = schema.partition("(")[0]
-    _library.impl(name, without_autocast(function), "CompositeExplicitAutograd")
+    _library.impl(name, in_full_float32(function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"qna_timm::{name}", fake, lib=_library)
     operator = getattr(torch.ops.qna_timm, name)
     rule = functools.partial(_vmap_in_turn, operator)

@@ -86,7 +86,7 @@ class Problem:
         """Why a form is not the first that 'auto' tries."""
         if name == "native":
             return self.against_native
-        if self.scores.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _is_recorded(self.scores):
             return "it looks at what came out, which a recorded CUDA graph cannot"
         if name == "depthwise":
             return "compiled functions are faster" if self.has_native else None
@@ -170,8 +170,15 @@ class Problem:
         return by_scores, by_value.unflatten(3, (scores.shape[4], -1)), *by_tables
 
 
+def _is_recorded(x: Tensor) -> bool:
+    """Whether a CUDA graph is being made, in which nobody can look at numbers."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _power_of_two(grad: Tensor) -> float:
     """What gradients are divided by so that their squares are numbers: 1 for most."""
+    if _is_recorded(grad):
+        return 1.0
     top = max(map(abs, map(float, grad.aminmax()))) if grad.numel() else 0.0
     if top == 0.0 or not math.isfinite(top) or 1e-9 < top < 1e9:
         return 1.0

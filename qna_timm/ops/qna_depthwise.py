@@ -21,7 +21,7 @@ FEW_OFFSETS = 9
 FEW_OFFSETS_FORWARD = {"AVX512": 49}
 # Pairs of query and head up to which one product with ones and zeros is a fast way to copy.
 FEW_PAIRS = 16
-# Offsets from which PyTorch's depthwise convolution is slow unless it is channels-last.
+# Offsets from which PyTorch's depthwise convolution is slow on a CPU unless it is channels-last.
 MANY_OFFSETS = 169
 
 
@@ -152,7 +152,7 @@ class PlanarSums(_Convolutions):
 
     def planes(self, x: Tensor) -> Tensor:
         planes = x.flatten(1, 3)
-        if self.windows.num_offsets >= MANY_OFFSETS:
+        if x.device.type == "cpu" and self.windows.num_offsets >= MANY_OFFSETS:
             planes = planes.contiguous(memory_format=torch.channels_last)
         return planes
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from qna_timm.ops import qna_attn
+from qna_timm.ops.float32 import full_float32
 from qna_timm.ops.library import calls_operator, register_gradient, register_operator
 from qna_timm.ops.qna_eager import qna_offsets
 
@@ -180,7 +181,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
-        with torch.autocast(kept[0].device.type, enabled=False):
+        with full_float32(kept[0].device):
             # not autograd.grad: of what torch.func.vjp has left, no graph leads back to inputs
             _, pull = torch.func.vjp(_stock_gradients(ctx.settings), *_full(kept, ctx.settings))
             grad_grad, *others = pull(tuple(grads))
@@ -234,7 +235,7 @@ def _moved(function: Callable[..., Any], inputs: tuple[Tensor | None, ...], tang
         return function(*given)
 
     primals, steps = (tuple(x[i] for i in moving) for x in (inputs, tangents))
-    with torch.autocast(primals[0].device.type, enabled=False):
+    with full_float32(primals[0].device):
         return torch.func.jvp(of_moving, primals, steps)[1]
 
 

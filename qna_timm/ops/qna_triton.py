@@ -28,6 +28,8 @@ TABLE_OFFSETS = 4
 # Tokens and rows of a product of tensor cores there.
 TABLE_TOKENS = 64
 TABLE_ROWS = 4
+# Numbers that such a product sums at least, rows times channels.
+LEAST_SUM = 16
 
 
 def unsupported(
@@ -202,7 +204,7 @@ def _table_sums_of_products(
                 **problem.constants,
                 TILE_H=tile[0],
                 TILE_W=tile[1],
-                ROWS=TABLE_ROWS,
+                ROWS=max(TABLE_ROWS, LEAST_SUM // problem.dims),
                 BLOCK=TABLE_TOKENS,
                 BD=problem.dims,
                 LOW_PRECISION=problem.low_precision,

@@ -1,8 +1,28 @@
-"""Resizing of tables that hold a row for each offset of a window."""
+"""Resizing of maps, and of tables that hold a row for each offset of a window."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def _shares(old: int, new: int, like: Tensor) -> Tensor:
+    """What old places give to the means that adaptive pooling takes: [new, old]."""
+    places = torch.arange(old, device=like.device)
+    first = torch.arange(new, device=like.device)[:, None]
+    low, high = first * old // new, ((first + 1) * old + new - 1) // new
+    return ((low <= places) & (places < high)).to(like.dtype) / (high - low)
+
+
+def average_pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Adaptive average pooling of maps [..., H, W] to a size.
+
+    PyTorch's own, whose gradient on a GPU adds in any order, so that it refuses to be deterministic:
+    then means are taken by matrix products of rows and columns.
+    """
+    if torch.jit.is_scripting() or not torch.are_deterministic_algorithms_enabled():
+        return F.adaptive_avg_pool2d(x, size)
+    rows, cols = _shares(x.shape[-2], size[0], x), _shares(x.shape[-1], size[1], x)
+    return rows @ x @ cols.t()
 
 
 def resize_offset_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

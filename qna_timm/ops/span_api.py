@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qna_timm.ops import span_native
 from qna_timm.ops.dispatch import Choice, against_triton, choose
+from qna_timm.ops.float32 import full_float32
 from qna_timm.ops.reference import span_attention_reference
 from qna_timm.ops.span_attn import check_span, span_offsets
 from qna_timm.ops.span_op import FORMS, span_operator, span_triton
@@ -106,7 +107,7 @@ def span_attention(
         if chosen in ("native", "tiles"):
             return span_operator(qkv, *rest, impl)
         form = span_offsets if chosen == "offsets" else span_attention_reference
-        with torch.autocast(qkv.device.type, enabled=False):
+        with full_float32(qkv.device):
             return form(qkv.to(dtype), *rest).to(qkv.dtype)
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from qna_timm.ops import span_native as native
 from qna_timm.ops import span_tiles as tiles
+from qna_timm.ops.float32 import full_float32
 from qna_timm.ops.library import calls_operator, register_gradient, register_operator
 from qna_timm.ops.span_attn import check_span, span_offsets
 
@@ -149,7 +150,7 @@ def _grad_of_offsets(
         rest = (rel_pos_h, rel_pos_w, mask, inputs[4], num_heads, mask_padding, scale)
         return span_offsets(qkv.to(rel_pos_h.dtype), *rest).to(qkv.dtype)
 
-    with torch.autocast(grad.device.type, enabled=False):
+    with full_float32(grad.device):
         # not autograd.grad: of what torch.func.vjp has left, no graph leads back to saved inputs
         _, gradients = torch.func.vjp(offsets, *given)
         return [*gradients(grad), None][:4]
