@@ -13,10 +13,8 @@ from qna_timm.ops.float32 import full_float32
 _library = torch.library.Library("qna_timm", "FRAGMENT")
 
 
-# CUDA graphs do without our operators, which look at values; known from PyTorch 2.9 on.
-_TAGS = tuple(
-    getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)
-)
+# Our operators look at values, which recorded CUDA graphs cannot; older PyTorch has no such tag.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
 
 def in_full_float32(function: Callable[..., Any]) -> Callable[..., Any]:
