@@ -16,8 +16,8 @@ def _shares(old: int, new: int, like: Tensor) -> Tensor:
 def average_pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Adaptive average pooling of maps [..., H, W] to a size.
 
-    PyTorch's own; but its gradient on a GPU adds up in any order, and is refused where deterministic
-    algorithms are asked for: there means are taken by matrix products of rows and columns.
+    PyTorch's own; but its gradient on a GPU adds up in any order, and is refused where
+    deterministic algorithms are asked for: there means come from products of rows and columns.
     """
     if torch.jit.is_scripting() or not torch.are_deterministic_algorithms_enabled():
         return F.adaptive_avg_pool2d(x, size)
