@@ -11,7 +11,8 @@ class SmallBatchNorm2d(nn.BatchNorm2d):
 
     While training, the variance of one value per channel (one image, a map of 1x1) is 0: PyTorch
     raises. Here such a batch is normalised as in evaluation and leaves the running statistics as
-    they are; all others are treated as ever.
+    they are; all others are treated as ever. With ``--sync-bn`` several processes share theirs, of
+    several values: PyTorch's SyncBatchNorm, which takes this one's place, never meets a single one.
 
     Shape: [B, C, H, W] -> the same.
     """

@@ -30,7 +30,9 @@ class PatchStem(nn.Module):
 class BiasedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose running variance averages the biased batch variance, as Flax's does.
 
-    PyTorch normalises by the biased variance too, but averages var * n / (n - 1).
+    PyTorch normalises by the biased variance too, but averages var * n / (n - 1). So does the
+    SyncBatchNorm that ``--sync-bn`` puts in this one's place; with n the values of a channel in all
+    processes the difference is lost in float32: 1e-7 of the variance for 1024 images of 224.
     """
 
     def forward(self, x: Tensor) -> Tensor:
