@@ -1,6 +1,7 @@
 """Checks of settings against each other, timm's registries, the device and the file system."""
 
 import importlib
+import re
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from qna_timm.training.checkpoint import WEIGHTS_SUFFIXES, find_weights
 from qna_timm.training.errors import UsageError, closest, closest_path
 from qna_timm.training.flags import FlagTable, all_flags
+from qna_timm.training.flags_learning import MULTILABEL_LOSSES
 from qna_timm.training.holdout import check_holdout_flags, check_holdout_split
 from qna_timm.training.names import (
     TINY_IMAGENET,
@@ -185,7 +187,7 @@ def _check_loss(args: Namespace, origins: Origins) -> None:
         raise UsageError(f"{where}: several losses asked for, {' and '.join(sorted(asked))}")
     args.loss = asked.pop() if asked else "ce"
     args.bce_loss, args.jsd_loss = args.loss == "bce", args.loss == "jsd"
-    if args.loss in ("asl", "twoway", "zlpr", "db"):
+    if args.loss in MULTILABEL_LOSSES:
         raise UsageError(
             f"{where}: '{args.loss}' is for multi-label training, which is not supported; "
             "use ce, bce, poly or jsd"
@@ -249,13 +251,35 @@ def _check_schedule(args: Namespace, origins: Origins) -> None:
             raise UsageError(f"{origins[key]}: {last} is beyond the run's {length} epochs")
 
 
+# What timm reads in an augmentation policy after its name; without a value it passes a part over.
+_POLICY_PARTS = {
+    "rand": ("m", "n", "p", "mstd", "mmax", "inc", "t"),
+    "augmix": ("m", "w", "d", "a", "b", "mstd"),
+    **dict.fromkeys(("original", "originalr", "v0", "v0r", "3a"), ("mstd",)),
+}
+
+
 def _check_augmentation_policy(args: Namespace, origins: Origins) -> None:
     if not args.aa:
         return
     builders = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
     build = builders.get(args.aa.partition("-")[0], auto_augment_transform)
     hparams = {"translate_const": 100, "img_mean": (124, 116, 104)}
-    _attempt(f"{origins['aa']} '{args.aa}'", lambda: build(args.aa, hparams))
+    where = f"{origins['aa']} '{args.aa}'"
+    kind, *parts = args.aa.split("-")
+    if (known := _POLICY_PARTS.get(kind)) is None:
+        raise UsageError(
+            f"{where}: unknown policy '{kind}', expected one of {', '.join(_POLICY_PARTS)}"
+            + closest(kind, _POLICY_PARTS)
+        )
+    for part in parts:
+        name = re.split(r"\d", part)[0]
+        names_set = "t" in known and part.startswith("t")
+        if not names_set and (name not in known or name == part):
+            raise UsageError(
+                f"{where}: unknown part '{part}', expected one of {', '.join(known)} with its value"
+            )
+    _attempt(where, lambda: build(args.aa, hparams))
 
 
 def _check_backbone(args: Namespace, origins: Origins) -> None:

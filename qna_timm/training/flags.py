@@ -34,6 +34,7 @@ NOT_NEGATIVE = Rule("zero or more", lambda value: value >= 0)
 PROBABILITY = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
 INSIDE_ZERO_ONE = Rule("above 0 and below 1", lambda value: 0 < value < 1)
 NUMPY_SEED = Rule("between 0 and 4294967295", lambda value: 0 <= value < 2**32)
+CROP_SHARE = Rule("above 0 and at most 2 (0.95 for 95 %)", lambda value: 0 < value <= 2)
 BELOW_ONE = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
@@ -49,6 +50,7 @@ class Flag:
         nargs: None for one value, "?" for an optional one, "+" for a list, a number for its length.
         const: Value of a "?" flag given without one.
         choices: Every valid string; None allows any.
+        unsupported: Choices of timm's that `checks` refuses with a reason: no help offers them.
         rule: Condition on each value.
         refusal: Why any value but the default is refused: such a flag exists only so that timm's
             command lines and args.yaml files can be read.
@@ -64,6 +66,7 @@ class Flag:
     nargs: int | str | None = None
     const: Any = None
     choices: Sequence[str] | None = None
+    unsupported: Sequence[str] = ()
     rule: Rule | None = None
     refusal: str = ""
     inert: bool = False
@@ -87,6 +90,11 @@ class Flag:
     def fresh_default(self) -> Any:
         """The default, lists and dicts as copies, so that no run changes another's."""
         return copy.copy(self.default)
+
+    @property
+    def offered(self) -> list[str]:
+        """The choices that work."""
+        return [choice for choice in self.choices or () if choice not in self.unsupported]
 
     @property
     def is_list(self) -> bool:
@@ -141,10 +149,10 @@ def _convert_scalar(flag: Flag, value: Any, where: str) -> Any:
         expected = _KIND_NAMES[flag.kind]
         raise UsageError(f"{where}: expected {expected}, found {_shown(value)}")
     if flag.choices is not None and converted not in flag.choices:
-        valid = ", ".join(_shown(choice) for choice in flag.choices)
+        valid = ", ".join(_shown(choice) for choice in flag.offered)
         raise UsageError(
             f"{where}: unknown value {_shown(converted)}, valid are {valid}"
-            + closest(str(converted), flag.choices)
+            + closest(str(converted), flag.offered)
         )
     if flag.rule is not None and not flag.rule.holds(converted):
         raise UsageError(f"{where}: must be {flag.rule.text}, found {_shown(converted)}")
@@ -212,8 +220,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def _metavar(flag: Flag) -> str:
-    if flag.choices is not None and len(flag.choices) <= 4:
-        return "{" + ",".join(flag.choices) + "}"
+    if flag.choices is not None and len(flag.offered) <= 4:
+        return "{" + ",".join(flag.offered) + "}"
     return {int: "N", float: "X", str: "TEXT", dict: "NAME=VALUE"}[flag.kind]
 
 
@@ -221,8 +229,8 @@ def _help_text(flag: Flag) -> str:
     if flag.refusal:
         return f"Refused: {flag.refusal}.".replace("%", "%%")
     text = flag.help
-    if flag.choices is not None and len(flag.choices) > 4:
-        text += f" One of {', '.join(choice or repr(choice) for choice in flag.choices)}."
+    if len(flag.offered) > 4:
+        text += f" One of {', '.join(choice or repr(choice) for choice in flag.offered)}."
     if flag.kind is not bool and flag.default not in (None, "", [], {}):
         default = flag.default
         shown = " ".join(map(str, default)) if isinstance(default, list) else default

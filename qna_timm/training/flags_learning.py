@@ -10,6 +10,9 @@ from qna_timm.training.flags import (
 )
 from qna_timm.training.padded_crop import DEFAULT_PADDING, PADDED
 
+MULTILABEL_LOSSES = ("asl", "twoway", "zlpr", "db")
+"""timm's losses for several labels an image, which are not supported."""
+
 OPTIMIZER_FLAGS = (
     Flag("--opt", str, "sgd", "Optimizer of timm, such as adamw, sgd, lamb or lookahead_adamw."),
     Flag("--opt-eps", float, None, "Epsilon of the optimizer.", rule=NOT_NEGATIVE),
@@ -257,7 +260,8 @@ LOSS_FLAGS = (
         str,
         None,
         "Loss; cross entropy when not given.",
-        choices=("ce", "bce", "asl", "poly", "jsd", "twoway", "zlpr", "db"),
+        choices=("ce", "bce", "poly", "jsd", *MULTILABEL_LOSSES),
+        unsupported=MULTILABEL_LOSSES,
     ),
     Flag("--smoothing", float, 0.1, "Label smoothing.", rule=BELOW_ONE),
     Flag("--jsd-loss", bool, False, "The same as --loss jsd; needs --aug-splits."),

@@ -4,6 +4,7 @@ Where a default or meaning differs from timm's, the help says so.
 """
 
 from qna_timm.training.flags import (
+    CROP_SHARE,
     DTYPES,
     INSIDE_ZERO_ONE,
     INTERPOLATIONS,
@@ -113,7 +114,7 @@ _MODEL = (
         float,
         None,
         "Share of the side kept by the centre crop of validation images.",
-        rule=POSITIVE,
+        rule=CROP_SHARE,
     ),
     Flag("--mean", float, None, "Mean of each channel, for pixels of 0 to 1.", "+"),
     Flag("--std", float, None, "Deviation of each channel.", "+", rule=POSITIVE),

@@ -1,6 +1,7 @@
 """Every flag of validate.py: timm's names, aliases, meanings and defaults, and a few of ours."""
 
 from qna_timm.training.flags import (
+    CROP_SHARE,
     DTYPES,
     INSIDE_ZERO_ONE,
     INTERPOLATIONS,
@@ -100,7 +101,7 @@ _INPUT = (
     Flag("--img-size", int, None, "Side of the square input, in pixels.", rule=POSITIVE),
     Flag("--input-size", int, None, "Channels, height and width of the input.", 3, rule=POSITIVE),
     Flag("--use-train-size", bool, False, "Use the model's training size, not its test size."),
-    Flag("--crop-pct", float, None, "Share of the side kept by the centre crop.", rule=POSITIVE),
+    Flag("--crop-pct", float, None, "Share of the side kept by the centre crop.", rule=CROP_SHARE),
     Flag("--crop-mode", str, None, "Kind of crop.", choices=("squash", "border", "center")),
     Flag("--crop-border-pixels", int, None, "Pixels cut off all around first.", rule=NOT_NEGATIVE),
     Flag("--mean", float, None, "Mean of each channel, for pixels of 0 to 1.", "+"),

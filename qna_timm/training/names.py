@@ -32,6 +32,8 @@ _DATASET_KINDS = ("torch", "hfds", "hfids", "tfds", "wds", "sklearn")
 _REMOTE_MODELS = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
+_MOST_NAMES_SHOWN = 8
+
 _HEADED = "ga_backbone"
 _HEADED_PREFIX = "ga_"
 
@@ -84,10 +86,15 @@ def check_model_name(name: str, where: str = "--model") -> None:
         where: Begins the error message.
 
     Raises:
-        UsageError: It is not; the closest names are given.
+        UsageError: It is not, or a pattern; the closest names, or those that fit, are given.
     """
     if name.startswith(_REMOTE_MODELS):
         return
+    if fitting := _fitting(name, where):
+        shown = ", ".join(fitting[:_MOST_NAMES_SHOWN])
+        more = len(fitting) - _MOST_NAMES_SHOWN
+        shown += f" and {more} more" if more > 0 else ""
+        raise UsageError(f"{where}: '{name}' is a pattern, name one model: {shown}")
     name = _backbone_of(name) or name
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
@@ -99,6 +106,20 @@ def check_model_name(name: str, where: str = "--model") -> None:
     tagged = timm.list_models(f"{base}.*", include_tags=True)
     if tag and name not in tagged:
         raise UsageError(f"{where}: model '{base}' has no weights '{tag}'{closest(name, tagged)}")
+
+
+def _fitting(name: str, where: str = "--model") -> list[str]:
+    """The models that a pattern such as `qna_*` fits; none for a plain name.
+
+    Raises:
+        UsageError: A pattern fits none.
+    """
+    if not any(sign in name for sign in "*?["):
+        return []
+    fitting = [model for model in timm.list_models() if fnmatch(model, name)]
+    if not fitting:
+        raise UsageError(f"{where}: no model fits the pattern '{name}'")
+    return fitting
 
 
 def expand_model_names(spec: str, where: str = "--model") -> list[str]:
@@ -122,10 +143,7 @@ def expand_model_names(spec: str, where: str = "--model") -> list[str]:
         parts = _read_lines(Path(spec), where)
     models: list[str] = []
     for name in filter(None, (part.strip() for part in parts)):
-        if any(sign in name for sign in "*?["):
-            fitting = [model for model in timm.list_models() if fnmatch(model, name)]
-            if not fitting:
-                raise UsageError(f"{where}: no model fits the pattern '{name}'")
+        if fitting := _fitting(name, where):
             models += fitting
         else:
             check_model_name(name, where)

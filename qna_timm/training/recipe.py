@@ -33,6 +33,8 @@ _TIED = {
 # Given on the command line they are meant for one session, not for those that resume it.
 _OF_SESSION = ("start_epoch", "stop_epoch", "no_resume_opt", "resume_anyway")
 
+_POSITIONAL = "DATA (the argument without a flag)"
+
 # Derived by the parser, not settings: they have no flag and are left out of args.yaml.
 _DERIVED = ("given", "of_session", "builtin_data")
 
@@ -129,14 +131,16 @@ def _merge(
     return args, origins
 
 
-def _fold_data(args: Namespace, origins: Mapping[str, str]) -> None:
-    """Put the positional data folder into data_dir."""
+def _fold_data(args: Namespace, origins: dict[str, str]) -> None:
+    """Put the positional data folder into data_dir, and where it is from into its origin."""
+    where = _POSITIONAL if origins["data"] == "data" else origins["data"]
     if args.data and args.data_dir and args.data != args.data_dir:
         raise UsageError(
-            f"{origins['data_dir']}: two data folders are named, '{args.data}' and "
-            f"'{args.data_dir}'; give one"
+            f"{origins['data_dir']}: two data folders are named, '{args.data_dir}' and, by {where},"
+            f" '{args.data}'; give one"
         )
-    args.data_dir = args.data_dir or args.data
+    if args.data and not args.data_dir:
+        args.data_dir, origins["data_dir"] = args.data, where
     del args.data
 
 
@@ -216,7 +220,8 @@ def parse_train_args(
         TRAIN_FLAGS,
         sys.argv[1:] if argv is None else argv,
         "train.py",
-        "Train any timm or qna_timm model. With no data named it learns handwritten digits.",
+        "Train any timm or qna_timm model. With no data named it learns handwritten digits, by "
+        "configs/quickstart.yaml in place of the defaults below.",
     )
     layers: list[tuple[str, Mapping[str, Any]]] = [("", command)]
     if command.get("config"):

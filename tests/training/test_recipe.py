@@ -90,7 +90,7 @@ def test_folder_beside_the_builtin_data_is_refused(tmp_path):
     recipe = write(tmp_path / "r.yaml", "dataset: sklearn/digits\n")
     with pytest.raises(UsageError, match=r"--data-dir: '.*' would not be read"):
         train("-c", recipe, "--data-dir", tmp_path)
-    with pytest.raises(UsageError, match=r"--data-dir: '.*' would not be read"):
+    with pytest.raises(UsageError, match=r"DATA .*: '.*' would not be read"):
         parse_validate_args([str(tmp_path), "--dataset", "sklearn/digits"])
 
 
@@ -102,6 +102,20 @@ def test_named_data_leaves_the_quickstart_out(tmp_path):
         assert not hasattr(args, "data")
     assert args.dataset == "sklearn/digits" and args.data_dir is None
     assert train(tmp_path).data_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "rand-m9-mstd0.5-n2-p0.5-inc1",
+        "rand-mmax20-tweights",
+        "augmix-m5-w4-d2-b1",
+        "3a-mstd1",
+        "v0",
+    ],
+)
+def test_policies_that_timm_reads(policy):
+    assert train("--aa", policy).aa == policy
 
 
 def test_defaults_are_not_shared():
@@ -173,6 +187,9 @@ def test_yaml_that_cannot_be_read(tmp_path):
 
 BAD_TRAIN = [
     (["--model", "resnet5"], ["--model", "unknown model 'resnet5'", "'resnet50'"]),
+    (["--model", "qna_vit_*"], ["--model", "'qna_vit_*'", "qna_vit_base, qna_vit_small, qna_vit"]),
+    (["--model", "*"], ["--model", "a pattern, name one model: ", " more"]),
+    (["--model", "qan_*"], ["--model", "no model fits the pattern 'qan_*'"]),
     (["--model", "resnet18.a9_in1k"], ["resnet18", "a9_in1k", "resnet18.a1_in1k"]),
     (["--opt", "adamv"], ["--opt", "'adamv'", "'adam'"]),
     (["--opt", "adamw", "--opt-kwargs", "foo=1"], ["--opt-kwargs", "foo"]),
@@ -184,7 +201,9 @@ BAD_TRAIN = [
     (["--dataset", "digits"], ["--dataset", "'digits'", "'sklearn/digits'"]),
     (["--dataset", ""], ["--dataset", "--data-dir"]),
     (["--dataset", "torch/cifar10"], ["torch/cifar10", "folder"]),
-    (["/no/such/folder"], ["--data-dir", "/no/such/folder"]),
+    (["/no/such/folder"], ["DATA (the argument without a flag)", "/no/such/folder"]),
+    (["-b", "8", "8"], ["DATA (the argument without a flag)", "'8'"]),
+    (["--data-dir", "a", "8"], ["--data-dir", "'a'", "DATA (the argument without a flag), '8'"]),
     (["--data-dir", "/no/such/folder"], ["--data-dir", "/no/such/folder"]),
     (["--bach-size", "3"], ["--bach-size", "'--batch-size'"]),
     (["--batch", "3"], ["--batch"]),
@@ -203,8 +222,13 @@ BAD_TRAIN = [
     (["--model-ema-decay", "1.1"], ["--model-ema-decay", "between 0 and 1"]),
     (["--scale", "1", ".5"], ["--scale", "lesser value first"]),
     (["--decay-milestones", "30", "20"], ["--decay-milestones", "grow"]),
-    (["--aa", "rond-m9"], ["--aa", "rond-m9"]),
-    (["--aa", "rand-m9-x5"], ["--aa", "rand-m9-x5"]),
+    (["--aa", "rond-m9"], ["--aa", "rond-m9", "'rond'", "did you mean 'rand'"]),
+    (["--aa", "rand-m9-x5"], ["--aa", "rand-m9-x5", "'x5'", "m, n, p, mstd, mmax, inc, t"]),
+    (["--aa", "rand-m9-foo"], ["--aa", "'foo'", "m, n, p, mstd, mmax, inc, t"]),
+    (["--aa", "rand-m9-inc"], ["--aa", "'inc'"]),
+    (["--aa", "augmix-m5-n2"], ["--aa", "'n2'", "m, w, d, a, b, mstd"]),
+    (["--aa", "original-m9"], ["--aa", "'m9'", "mstd"]),
+    (["--crop-pct", "95"], ["--crop-pct", "at most 2", "95"]),
     (["--mixup", ".1", "-b", "3"], ["--batch-size", "even", "3"]),
     (["--aug-splits", "1"], ["--aug-splits", "at least 2"]),
     (["--aug-splits", "3", "--mixup", ".1"], ["--mixup", "--aug-splits"]),
@@ -213,6 +237,7 @@ BAD_TRAIN = [
     (["--jsd-loss", "--bce-loss", "--aug-splits", "2"], ["bce and jsd"]),
     (["--loss", "ce", "--bce-loss"], ["bce and ce"]),
     (["--loss", "asl"], ["--loss", "multi-label"]),
+    (["--loss", "bec"], ["valid are 'ce', 'bce', 'poly', 'jsd'; did you mean 'bce'"]),
     (["--bce-target-thresh", ".2"], ["--bce-target-thresh", "--bce-loss"]),
     (["--in-chans", "1", "--input-size", "3", "32", "32"], ["--input-size", "--in-chans is 1"]),
     (["--std", "1", "1"], ["--std", "1 or 3", "found 2"]),
