@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import resolve_input_data_config
 from torch import nn
 
 from qna_timm.training import load_run
