@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.data import resolve_input_data_config
 from torch import nn
 
 from qna_timm.training import load_run
@@ -18,14 +17,14 @@ def save_run(folder: Path, name: str = "test_vit") -> nn.Module:
     """A run folder with the best weights and, of another model, averaged ones."""
     folder.mkdir()
     for file in ("best.safetensors", "best_ema.safetensors"):
-        model = timm.create_model(name, num_classes=2, in_chans=1, drop_rate=0.1).eval()
+        model = timm.create_model(name, num_classes=2, in_chans=3, drop_rate=0.1).eval()
         about = {
             "arch": name,
             "num_classes": 2,
-            "in_chans": 1,
+            "in_chans": 3,
             "model_kwargs": {"drop_rate": 0.1},
             "data_config": timm.data.resolve_data_config(
-                {"img_size": 160, "in_chans": 1}, model=model
+                {"img_size": 160}, model=model
             ),
             "class_names": ["cat", "dog"],
         }
@@ -37,7 +36,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
     averaged = save_run(tmp_path / "run")
     model, transform, class_names = load_run(tmp_path / "run")
     assert not model.training and class_names == ["cat", "dog"]
-    image = transform(Image.new("L", (200, 180), 90)).unsqueeze(0)
+    image = transform(Image.new("RGB", (200, 180))).unsqueeze(0)
     assert image.shape[2:] == (160, 160)
     with torch.no_grad():
         assert model(image).shape == (1, 2)
