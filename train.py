@@ -1,9 +1,12 @@
 #!/usr/bin/env python
 """Train any timm or qna_timm model on images; timm's flags, recipes and datasets work.
 
-    python train.py                                       # handwritten digits, minutes on a CPU
-    python train.py --data-dir DATA --model qna_vit_tiny  # DATA/train/CLASS, DATA/validation/CLASS
+    python train.py                                   # handwritten digits, minutes on a CPU
+    python train.py -c configs/qna/qna_vit_tiny.yaml --data-dir DATA
     torchrun --nproc_per_node=8 train.py -c configs/qna/qna_vit_tiny.yaml --data-dir DATA
+
+DATA holds train/CLASS/*.jpg and validation/CLASS/*.jpg (or val/). Without a recipe the settings of
+a run on data of your own are timm's defaults.
 
 The story: read the settings, open the data, build the model, the task around it and what trains
 it, choose the run folder; then epoch by epoch train, evaluate, save. Nothing is written before all
@@ -27,10 +30,11 @@ if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 
 import torch
-from timm.utils import world_info_from_env
+from timm.utils import unwrap_model, world_info_from_env
 
 import qna_timm  # noqa: F401  (registers its models)
 from qna_timm.training import curves, report
+from qna_timm.training.checkpoint import check_weights
 from qna_timm.training.control import Control
 from qna_timm.training.distributed import (
     Processes,
@@ -47,6 +51,7 @@ from qna_timm.training.holdout import check_same_holdout
 from qna_timm.training.intervals import parse_duration, parse_interval
 from qna_timm.training.lock import RunLock
 from qna_timm.training.logs import RunLog
+from qna_timm.training.names import model_label
 from qna_timm.training.recipe import as_recipe, as_yaml_dict, parse_train_args
 from qna_timm.training.requeue import requeue_job, resume_if_restarted
 from qna_timm.training.run import Run, set_up
@@ -67,6 +72,9 @@ QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 
 # Exit code of a run that is done, but could not write everything (EX_IOERR).
 WRITE_FAILED = 74
+
+# Kinds of weights, as `Saver` names them, in what is printed.
+_KIND_NAMES = {"": "model", EMA: "ema"}
 
 _logger = logging.getLogger("train")
 
@@ -281,11 +289,28 @@ def go_on(session: Session, path: Path) -> dict[str, Any]:
     if path.parent.resolve() == session.folder.resolve():
         asked = set_aside_repeated(run.args, state["args"])
     check_same_holdout(run.args, state["args"], path)
+    check_same_model(run, state, path)
     check_exact(path, state, asked, run.identity)
     session.restore(state, path, with_optimizer=not asked.no_resume_opt)
     if asked.start_epoch is not None:
         session.start_at(asked.start_epoch)
     return state
+
+
+def check_same_model(run: Run, state: dict[str, Any], path: Path) -> None:
+    """See that a state's tensors fit the model: where they do not, no flag makes the run go on.
+
+    Raises:
+        UsageError: They do not.
+    """
+    model = unwrap_model(run.trainer.task.get_trainable_module())
+    try:
+        check_weights(model, state["model"], {}, path)
+    except UsageError as error:
+        saved = model_label(state["args"]["model"], state["args"].get("model_kwargs", {}))
+        if saved == model_label(run.args.model, run.args.model_kwargs):
+            raise
+        raise UsageError(f"--resume {error}; --model {saved} goes on with it") from None
 
 
 def train(session: Session) -> None:
@@ -313,8 +338,8 @@ def conclude(args: argparse.Namespace, saver: Saver, rows: list[dict[str, Any]])
     if best is not None:
         averaged = " of the averaged weights" if saver.best_kind() == EMA else ""
         _logger.info(
-            "best %s%s: %.4g in epoch %d",
-            args.eval_metric, averaged, best["metric"], best["epoch"] + 1,
+            "best %s%s: %.4g in epoch %d, %s",
+            args.eval_metric, averaged, best["metric"], best["epoch"] + 1, saver.best_file().name,
         )  # fmt: skip
     for what, name in (
         ("curves", report.CURVES_NAME),
@@ -325,7 +350,8 @@ def conclude(args: argparse.Namespace, saver: Saver, rows: list[dict[str, Any]])
         if (file := saver.folder / name).is_file():
             _logger.info("%s: %s", what, file)
     _logger.info("to validate: %s --checkpoint %s", validate_command(), saver.best_file())
-    print(f"--result\n{json.dumps({'best': saver.best, 'last': rows[-1] if rows else {}})}")
+    bests = {_KIND_NAMES[kind]: best for kind, best in saver.best.items()}
+    print(f"--result\n{json.dumps({'best': bests, 'last': rows[-1] if rows else {}})}")
 
 
 def validate_command() -> str:

@@ -5,14 +5,17 @@ import inspect
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
+import qna_timm
 from qna_timm.training import report
 from qna_timm.training.build import (
     build_model,
@@ -234,18 +237,59 @@ def _announce_arithmetic(run: Run, updates: int, lr_text: str) -> None:
     args, processes = run.args, run.processes
     _logger.info(
         "%d images per process x %d process(es) x %d accumulation = %d per update, %d updates per"
-        " epoch, %d epochs, %s",
+        " epoch",
         args.batch_size,
         processes.world_size,
         args.grad_accum_steps,
         images_per_update(args, processes),
         updates,
-        run.last_epoch,
-        lr_text,
     )
+    _logger.info(
+        "%s, %s, weight decay %g, %s", args.opt, lr_text, args.weight_decay, _schedule_text(run)
+    )
+    if run.trainer.schedule is not None and args.warmup_epochs >= run.epochs:
+        _logger.warning(
+            "--warmup-epochs %d: the run ends after %d epochs, before its learning rate is reached",
+            args.warmup_epochs,
+            run.epochs,
+        )
+    if recipe := _paper_recipe(args):
+        _logger.warning(
+            "no --config and no --opt: timm's default optimizer (%s) is in force; the paper's"
+            " settings for %s are in %s",
+            args.opt,
+            args.model,
+            recipe,
+        )
     if isinstance(task := run.trainer.task, SpanTask):
         layers, penalty = len(task.span_layers), task.span_penalty
         _logger.info("learned windows in %d layers, span penalty %g", layers, penalty)
+
+
+def _schedule_text(run: Run) -> str:
+    """``cosine over 24 epochs, 3 of warm-up``."""
+    args, warmup = run.args, min(run.args.warmup_epochs, run.epochs)
+    text = f"{args.sched} over {run.epochs} epochs"
+    if run.trainer.schedule is None:
+        text = f"no schedule, {run.epochs} epochs"
+    elif warmup:
+        text += f", {warmup} of warm-up"
+    return text if run.last_epoch == run.epochs else f"{text}, stopping after {run.last_epoch}"
+
+
+def _paper_recipe(args: argparse.Namespace) -> Path | None:
+    """The recipe of one of our models that is trained on the user's data without settings."""
+    if args.builtin_data or args.smoke or {"config", "opt"} & set(args.given):
+        return None
+    name = args.model.partition(".")[0]
+    if not timm.is_model(name):
+        return None
+    if not timm.model_entrypoint(name).__module__.startswith("qna_timm.models."):
+        return None
+    root = Path(qna_timm.__file__).resolve().parents[1]
+    recipe = next((root / "configs").glob(f"*/{name}.yaml"), None)
+    here = Path.cwd()
+    return recipe.relative_to(here) if recipe and recipe.is_relative_to(here) else recipe
 
 
 def _count(dataset: Dataset) -> str:

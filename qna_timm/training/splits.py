@@ -65,9 +65,13 @@ def _missing_split(root: Path, split: str, flag: str) -> UsageError:
     shown = ", ".join(found[:_MOST_NAMES_SHOWN])
     if len(found) > _MOST_NAMES_SHOWN:
         shown += f" and {len(found) - _MOST_NAMES_SHOWN} more"
+    hint = f"{flag} '' reads {root} itself"
+    if root.resolve().name in _SPLIT_LIKE:
+        above = root.resolve().parent if root.parent == root else root.parent
+        hint = f"{root} is one split: name the folder that holds all of them, {above}"
     return UsageError(
         f"{flag} {split!r}: no such folder in {root}, which holds {shown}"
-        f"{closest(split, found)} ({flag} '' reads {root} itself)"
+        f"{closest(split, found)} ({hint})"
     )
 
 

@@ -328,6 +328,11 @@ class TestFolders:
         with pytest.raises(UsageError, match="--val-split 'validation': no such folder"):
             self.open(root)
 
+    def test_one_split_in_place_of_the_folder(self, root: Path) -> None:
+        with pytest.raises(UsageError, match=rf"all of them, {root}\)$") as caught:
+            self.open(root / "train")
+        assert "reads" not in str(caught.value)
+
     def test_flat_folder_is_no_training_set(self, root: Path) -> None:
         flat = shutil.copytree(root / "train", root / "pictures")
         with pytest.raises(UsageError, match=r"--train-split 'train'.*ant, bee, cat"):

@@ -231,7 +231,7 @@ class TestRuns:
             capsys.readouterr()
             assert train.main(["--resume", str(tmp_path / "a")]) == 0
         run = capsys.readouterr()
-        best = json.loads(run.out.split("--result\n")[-1])["best"][""]["metric"]
+        best = json.loads(run.out.split("--result\n")[-1])["best"]["model"]["metric"]
         assert "validating on 144 of the 1438 images of split 'train'" in run.err
 
         common = ["--device", "cpu", "-j", "0", "--checkpoint", str(tmp_path / "a")]

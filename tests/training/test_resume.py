@@ -151,13 +151,13 @@ def test_state_of_another_model_or_optimizer(train: ModuleType, tmp_path: Path) 
     train.main(digits(tmp_path, "--experiment", "a", "--max-steps", "1", "--epochs", "1"))
     state = tmp_path / "a" / "last.state.safetensors"
     resume = ["--resume", str(state), "--output", str(tmp_path / "new")]
+    of_another = "not a checkpoint of test_resnet: .*; --model test_vit goes on with it$"
     for flags, pattern in (
-        (
-            ["--model", "test_resnet"],
-            "cannot go on exactly: --model test_vit -> test_resnet, .*yway",
-        ),
-        (["--model", "test_resnet", "--resume-anyway"], "not a checkpoint of test_resnet"),
-        (["--num-classes", "11", "--resume-anyway"], "has 10 classes, the model 11"),
+        (["--model", "test_resnet"], of_another),
+        (["--model", "test_resnet", "--resume-anyway"], of_another),
+        (["--model-kwargs", "depth=2"], "not a checkpoint of test_vit: .* tensors unexpected"),
+        (["--num-classes", "11"], "has 10 classes, the model 11"),
+        (["--model-kwargs", "qkv_bias=True"], "--model-kwargs .* --resume-anyway goes on"),
         (["--opt", "sgd"], "cannot go on exactly: --opt adamw -> sgd"),
     ):
         with pytest.raises(UsageError, match=pattern):

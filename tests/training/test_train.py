@@ -1,5 +1,6 @@
 """train.py: whole runs, mistakes, several processes, signals."""
 
+import json
 import os
 import re
 import shutil
@@ -53,12 +54,17 @@ def test_run_folder_and_what_it_reproduces(
     log = (folder / "train.log").read_text()
     assert "16 images per process x 1 process(es) x 1 accumulation = 16 per update" in log
     assert "sklearn/digits: 1,438 training and 64 validation images, 10 classes" in log
+    assert "adamw, lr 0.001, weight decay 2e-05, cosine over 2 epochs, 1 of warm-up" in log
     best = folder / "best"
     command = re.search(r"to validate: (.*)", output.err)[1].split()
     assert shutil.which(command[0]) and Path(command[1]).samefile(ROOT / "validate.py")
     assert command[2:] == ["--checkpoint", f"{best}.safetensors"]
     assert f"curves: {folder / 'curves.png'}" in output.err
+    assert re.search(
+        r"best top1( of the averaged weights)?: \S+ in epoch \d, best\S*tensors\n", log
+    )
     assert output.out.startswith("--result\n{")
+    assert set(json.loads(output.out.split("\n", 1)[1])["best"]) == {"model", "ema"}
 
     metadata = read_metadata(folder)
     assert metadata["class_names"] == [str(digit) for digit in range(10)]
@@ -183,6 +189,24 @@ def test_modules_to_import_bring_models(
     words = "--device-modules models_from_elsewhere --model test_from_elsewhere --epochs 1"
     assert train.main(digits(tmp_path, "--experiment", "a", *words.split())) == 0
     assert len(summary(tmp_path / "a")) == 1
+
+
+def test_settings_that_a_newcomer_did_not_mean_are_told(
+    train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """timm's optimizer for a model of ours, and a warm-up as long as the run."""
+    words = "--dataset sklearn/digits --model sa_resnet_small_cnn --img-size 32 -b 16 -j 0"
+    words += " --epochs 3 --stop-epoch 1 --max-steps 1 --val-num-samples 16 --device cpu"
+    assert train.main([*words.split(), "--output", str(tmp_path)]) == 0
+    told = capsys.readouterr().err
+    assert "sgd, lr 0.00625 (0.1 x linear scaling of 16/256), weight decay 2e-05" in told
+    assert "cosine over 3 epochs, 3 of warm-up, stopping after 1\n" in told
+    assert "warning: --warmup-epochs 5: the run ends after 3 epochs, before its learning" in told
+    assert re.search(
+        r"optimizer \(sgd\).*sa_resnet_small_cnn are in \S*sa_resnet_small_cnn.yaml", told
+    )
+    assert train.main([*words.split(), "--opt", "adamw", "--output", str(tmp_path)]) == 0
+    assert "the paper's" not in capsys.readouterr().err
 
 
 MISTAKES = {
