@@ -244,8 +244,9 @@ def reduce_flags(values: Sequence[bool | Tensor], processes: Processes) -> list[
 
     What the host knows goes first, over gloo, while an accelerator still computes the rest: a
     process that was lost before it came here is noticed at once, not when NCCL's time is out. The
-    host has nothing else to do then; P processes need 2 (P - 1) messages, one after the other,
-    0.1 ms for a few on one machine. Then it waits for the device, once. On the CPU all go together.
+    host has little else to do then; P processes need 2 (P - 1) messages, one after the other (two
+    on a busy machine with two cores: 0.5 ms). Then it waits for the device, once: who is lost while
+    that computes is missed when NCCL's time is out. On the CPU all flags go together.
 
     Args:
         values: Whole numbers or booleans, those computed on the device as scalar tensors; as many
