@@ -186,19 +186,19 @@ _DEEP = dict(depths=(3, 3, 27, 3), num_taps=4)
 
 @register_model
 def ga_convnext_tiny(pretrained: bool = False, **kwargs: Any) -> GramianConvNeXt:
-    """GA-ConvNeXt-T: 47.8 M parameters, 5.45 GMACs at 224; 83.2 % top-1 in the paper (48.7 M)."""
+    """GA-ConvNeXt-T: 47.8 M parameters, 5.24 GMACs at 224; 83.2 % top-1 in the paper (48.7 M)."""
     return create_gramian(GramianConvNeXt, "ga_convnext_tiny", pretrained, **kwargs)
 
 
 @register_model
 def ga_convnext_small(pretrained: bool = False, **kwargs: Any) -> GramianConvNeXt:
-    """GA-ConvNeXt-S: 70.1 M parameters, 9.81 GMACs at 224; 83.9 % top-1 in the paper (70.4 M)."""
+    """GA-ConvNeXt-S: 70.1 M parameters, 9.60 GMACs at 224; 83.9 % top-1 in the paper (70.4 M)."""
     return create_gramian(GramianConvNeXt, "ga_convnext_small", pretrained, **dict(_DEEP, **kwargs))
 
 
 @register_model
 def ga_convnext_base(pretrained: bool = False, **kwargs: Any) -> GramianConvNeXt:
-    """GA-ConvNeXt-B: 123.7 M parameters, 17.3 GMACs at 224; 84.3 % in the paper (124.3 M)."""
+    """GA-ConvNeXt-B: 123.7 M parameters, 16.9 GMACs at 224; 84.3 % in the paper (124.3 M)."""
     model_args = dict(_DEEP, dims=(128, 256, 512, 976))
     return create_gramian(
         GramianConvNeXt, "ga_convnext_base", pretrained, **dict(model_args, **kwargs)
@@ -213,7 +213,7 @@ def ga_convnext_tiny_688(pretrained: bool = False, **kwargs: Any) -> GramianConv
 
 @register_model
 def ga_convnext_tiny_768(pretrained: bool = False, **kwargs: Any) -> GramianConvNeXt:
-    """The released tiny model of full width: 54.4 M parameters, 5.75 GMACs at 224."""
+    """The released tiny model of full width: 54.4 M parameters, 5.48 GMACs at 224."""
     model_args = dict(dims=(96, 192, 384, 768))
     return create_gramian(
         GramianConvNeXt, "ga_convnext_tiny_768", pretrained, **dict(model_args, **kwargs)
@@ -230,7 +230,7 @@ def ga_convnext_small_688(pretrained: bool = False, **kwargs: Any) -> GramianCon
 
 @register_model
 def ga_convnext_small_768(pretrained: bool = False, **kwargs: Any) -> GramianConvNeXt:
-    """The released small model of full width: 76.7 M parameters, 10.1 GMACs at 224."""
+    """The released small model of full width: 76.7 M parameters, 9.85 GMACs at 224."""
     model_args = dict(_DEEP, dims=(96, 192, 384, 768))
     return create_gramian(
         GramianConvNeXt, "ga_convnext_small_768", pretrained, **dict(model_args, **kwargs)
@@ -248,7 +248,7 @@ def ga_convnext_base_976(pretrained: bool = False, **kwargs: Any) -> GramianConv
 
 @register_model
 def ga_convnext_base_1024(pretrained: bool = False, **kwargs: Any) -> GramianConvNeXt:
-    """The released base model of full width: 128.8 M parameters, 17.6 GMACs at 224."""
+    """The released base model of full width: 128.8 M parameters, 17.1 GMACs at 224."""
     model_args = dict(_DEEP, dims=(128, 256, 512, 1024))
     return create_gramian(
         GramianConvNeXt, "ga_convnext_base_1024", pretrained, **dict(model_args, **kwargs)
