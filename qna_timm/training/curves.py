@@ -12,8 +12,7 @@ from qna_timm.training.files import replacing
 
 _TRAIN, _EVAL, _EMA, _RATE = "#8a8f98", "#1f6fb4", "#d9772b", "#3c8d5a"
 # Column of the summary, label, colour, line style.
-_LOSS_LINES = (
-    ("train_loss", "training", _TRAIN, "-"),
+_VALIDATION_LOSS_LINES = (
     ("eval_loss", "validation", _EVAL, "-"),
     ("eval_loss_ema", "validation, averaged weights", _EMA, "-"),
 )
@@ -53,6 +52,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
         path: Ends in ``.png``; written atomically.
         title: Shown above.
     """
+    branches = max(sum(map(bool, map(_BRANCH_COLUMN.fullmatch, row))) for row in rows)
     branched = any(row.get("eval_agreement") is not None for row in rows)
     panels = 5 if branched else 3
     # The figure alone, without pyplot: no window system, no global state.
@@ -63,7 +63,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     axes_of = figure.subplots(1, panels)
     loss, accuracy, rate = axes_of[:3]
     figure.suptitle(title, fontsize=11)
-    _draw_lines(loss, rows, _LOSS_LINES, "Loss")
+    _draw_losses(loss, rows, branches)
     _draw_lines(accuracy, rows, _ACCURACY_LINES, "Accuracy (%)")
     _draw_lines(rate, rows, (("lr", "", _RATE, "-"),), "Learning rate")
     if branched:
@@ -105,6 +105,19 @@ def _draw_lines(
             labelled = labelled or bool(label)
     if labelled:
         axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_losses(axes: Any, rows: Sequence[Mapping[str, Any]], branches: int) -> None:
+    """Training and validation; of a sum over branches the mean, as validation's is one model's."""
+    column, label = "train_loss", "training"
+    if branches:
+        column, label = "mean", f"training, mean of {branches} branches"
+        sums = [row.get("train_loss_class") for row in rows]
+        rows = [
+            {**row, "mean": None if total is None else total / branches}
+            for row, total in zip(rows, sums, strict=True)
+        ]
+    _draw_lines(axes, rows, ((column, label, _TRAIN, "-"), *_VALIDATION_LOSS_LINES), "Loss")
 
 
 def _draw_branches(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:

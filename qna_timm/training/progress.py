@@ -1,10 +1,13 @@
-"""Progress of one pass over a loader: a bar on a terminal, plain log lines in a pipe."""
+"""Progress of a pass over a loader, a bar on a terminal, lines in a pipe; and of an epoch, a line."""
 
 import importlib
 import logging
+import math
 import os
+import re
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +39,36 @@ def _shows_bars() -> bool:
         return os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):
         return True  # a terminal that does not tell its size
+
+
+def epoch_text(
+    train: Mapping[str, float], evaluated: Mapping[str, float], num_branches: int | None = None
+) -> str:
+    """An epoch's losses and metrics in a line: ``training loss 1.9, val loss 1.7, val top1 93.5``.
+
+    Args:
+        train: Means over the epoch.
+        evaluated: Metrics on the validation images, if there are any.
+        num_branches: Of a model whose training loss is a sum over branches: beside it stands their
+            mean, which can be held against the validation loss.
+    """
+    losses = {"training loss": train["loss"]}
+    if num_branches:
+        losses["per branch"] = train.get("loss_class", math.nan) / num_branches
+    return ", ".join(filter(None, (metrics_text(losses), metrics_text(evaluated, "val "))))
+
+
+def metrics_text(metrics: Mapping[str, float], prefix: str = "") -> str:
+    """Metrics in a line: ``top1 93.5, branches_top1 91.2 90.8 92.1, agreement 94.6``."""
+    parts: list[str] = []
+    for name, value in metrics.items():
+        branch = re.fullmatch(r"branch_(\d+)_(.*)", name)
+        if branch and branch[1] != "0":
+            parts[-1] += f" {value:.4g}"
+        else:
+            shown = f"branches_{branch[2]}" if branch else name
+            parts.append(f"{prefix}{shown} {value:.4g}")
+    return ", ".join(parts)
 
 
 class Progress:

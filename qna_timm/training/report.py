@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import platform
-import re
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -229,18 +228,6 @@ def summary_row(
         "lr": lr,
         **({"spans": dict(spans)} if spans else {}),
     }
-
-
-def metrics_text(metrics: Mapping[str, float]) -> str:
-    """Metrics in a line: ``top1 93.5, branches_top1 91.2 90.8 92.1, agreement 94.6``."""
-    parts: list[str] = []
-    for name, value in metrics.items():
-        branch = re.fullmatch(r"branch_(\d+)_(.*)", name)
-        if branch and branch[1] != "0":
-            parts[-1] += f" {value:.4g}"
-        else:
-            parts.append(f"{f'branches_{branch[2]}' if branch else name} {value:.4g}")
-    return ", ".join(parts)
 
 
 def write_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:

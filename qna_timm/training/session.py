@@ -21,7 +21,7 @@ from qna_timm.training.errors import RunFailed
 from qna_timm.training.evaluation import evaluate
 from qna_timm.training.nonfinite import NonFinite
 from qna_timm.training.optim import current_lr
-from qna_timm.training.progress import Progress
+from qna_timm.training.progress import Progress, epoch_text
 from qna_timm.training.recipe import as_yaml_dict
 from qna_timm.training.resume import Position
 from qna_timm.training.run import Run, with_views
@@ -198,7 +198,7 @@ class Session:
             trainer.schedule.step(epoch + 1, evaluated.get(args.eval_metric))
         if trainer.skipped:
             losses["skipped_updates"] = trainer.skipped
-        metrics = report.metrics_text({"training loss": losses["loss"], **evaluated})
+        metrics = epoch_text(losses, evaluated, getattr(task, "num_branches", None))
         seconds = time.perf_counter() - began
         _logger.info("epoch %s: %s, lr %.3g, %.1f s", label, metrics, lr, seconds)
         spans = task.spans()

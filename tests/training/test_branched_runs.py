@@ -27,6 +27,7 @@ from qna_timm.training.checkpoint import (
     save_weights,
 )
 from qna_timm.training.errors import UsageError
+from qna_timm.training.progress import epoch_text
 from qna_timm.training.recipe import as_yaml_dict, parse_train_args
 from qna_timm.training.validation import Candidate, settings_for
 
@@ -409,11 +410,10 @@ def test_results_of_different_numbers_of_branches(validate: ModuleType, tmp_path
 def test_curves_of_branches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = {"loss": 1.0, "top1": 50.0, "branch_0_top1": 45.0, "branch_1_top1": 49.0}
     rows = [
-        report.summary_row(0, {"loss": 2.0, "loss_decorrelation": -0.1}, {}, 0.1),
-        report.summary_row(
-            1, {"loss": 1.5, "loss_decorrelation": -0.2}, {**evaluated, "agreement": 80.0}, 0.05
-        ),
-    ]
+        report.summary_row(epoch, {"loss": total, "loss_class": total + 0.1 + 0.1 * epoch,
+                                   "loss_decorrelation": -0.1 - 0.1 * epoch}, metrics, 0.1)
+        for epoch, total, metrics in ((0, 2.0, {}), (1, 1.5, {**evaluated, "agreement": 80.0}))
+    ]  # fmt: skip
     figures: list[Figure] = []
     write = Figure.savefig
 
@@ -427,3 +427,16 @@ def test_curves_of_branches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert titles[3:] == ["Agreement of branches (%)", "Decorrelation part of the loss"]
     (line,) = figures[0].axes[4].lines
     assert list(line.get_ydata()) == [-0.1, -0.2]
+    training, validation = figures[0].axes[0].lines
+    assert training.get_label() == "training, mean of 2 branches"
+    assert list(training.get_ydata()) == pytest.approx([1.05, 0.85])
+    assert list(validation.get_ydata()) == [1.0]
+
+
+def test_epoch_line_tells_training_from_validation() -> None:
+    train = {"loss": 2.3, "loss_class": 2.4, "loss_decorrelation": -0.1}
+    evaluated = {"loss": 1.0, "top1": 50.0, "branch_0_top1": 45.0, "branch_1_top1": 49.0}
+    assert epoch_text(train, evaluated, 2) == (
+        "training loss 2.3, per branch 1.2, val loss 1, val top1 50, val branches_top1 45 49"
+    )
+    assert epoch_text({"loss": 2.3}, {}) == "training loss 2.3"
