@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from script_runs import run_script
 from test_convert import write_flax
 
+from qna_timm.training.checkpoint import save_weights
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHORT = "--epochs 1 --warmup-epochs 0 --max-steps 2 --batch-size 8 --workers 0"
@@ -58,18 +60,34 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_python_examples(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def save_trained(folder: Path) -> None:
+    """What the fine-tuning example leaves, untrained."""
+    folder.mkdir(parents=True)
+    model = timm.create_model("qna_vit_tiny", num_classes=2)
+    about = {
+        "arch": "qna_vit_tiny",
+        "num_classes": 2,
+        "in_chans": 3,
+        "model_kwargs": {},
+        "data_config": timm.data.resolve_model_data_config(model),
+        "class_names": ["cat", "dog"],
+    }
+    save_weights(folder / "best.safetensors", model, about)
+
+
+def test_python_examples(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as a reader would."""
-    monkeypatch.chdir(workplace)
-    if not Path("qna_vit_tiny.safetensors").exists():
-        save_file(timm.create_model("qna_vit_tiny").state_dict(), "qna_vit_tiny.safetensors")
+    monkeypatch.chdir(tmp_path)
+    Path("photos").symlink_to(workplace / "photos")
+    save_trained(Path("output/train/photos"))
+    save_file(timm.create_model("qna_vit_tiny").state_dict(), "qna_vit_tiny.safetensors")
     space: dict = {}
     with torch.no_grad():
         for block in blocks("python"):
             exec(compile(block, "README.md", "exec"), space)
     assert space["logits"].shape == (1, 10) and space["out"].shape == (2, 30, 41, 64)
     assert space["mean"].shape == (1, 10) and space["branches"].shape == (1, 5, 10)
-    assert space["heads"].num_branches == 3
+    assert space["heads"].num_branches == 3 and space["best"] in ("cat", "dog")
     assert [m.shape[1] for m in space["maps"]] == [64, 128, 256, 512]
     assert Path("qna_vit_tiny.pt2").stat().st_size > 1_000_000
 

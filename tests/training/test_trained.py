@@ -23,9 +23,7 @@ def save_run(folder: Path, name: str = "test_vit") -> nn.Module:
             "num_classes": 2,
             "in_chans": 3,
             "model_kwargs": {"drop_rate": 0.1},
-            "data_config": timm.data.resolve_data_config(
-                {"img_size": 160}, model=model
-            ),
+            "data_config": timm.data.resolve_data_config({"img_size": 160}, model=model),
             "class_names": ["cat", "dog"],
         }
         save_weights(folder / file, model, about)
