@@ -8,7 +8,6 @@ python scripts/convert_checkpoint.py x_ckpt.tar --model sa_resnet_large_local --
 
 import argparse
 import importlib.util
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from qna_timm.training.checkpoint import METADATA_KEY, read_weights
 from qna_timm.training.errors import UsageError, closest, missing_package, run_cli
 from qna_timm.training.files import save_tensors
 from qna_timm.training.flags import OneLineParser
+from qna_timm.training.names import unknown_argument
 
 HEAD = ("head.fc.weight", "head.fc.bias")
 
@@ -145,9 +145,8 @@ def _create_model(args: argparse.Namespace, release: Release, num_classes: int) 
             args.model, num_classes=num_classes, device="meta", **args.model_kwargs
         )
     except TypeError as error:
-        name = str(error).split("'")[1] if "unexpected keyword" in str(error) else ""
-        near = closest(name, inspect.signature(release.model_class).parameters)
-        raise UsageError(f"--model-kwargs {args.model_kwargs}: {error}{near}") from None
+        said = unknown_argument(error, args.model_kwargs)
+        raise UsageError(said or f"--model-kwargs {args.model_kwargs}: {error}") from None
     except (ValueError, LookupError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise UsageError(f"--model-kwargs {args.model_kwargs}: {error}") from None
     if not isinstance(model, release.model_class):

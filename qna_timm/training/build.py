@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +28,7 @@ from qna_timm.training.data import dataset_classes
 from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
 from qna_timm.training.gramian_task import has_branches
-from qna_timm.training.names import model_label
+from qna_timm.training.names import model_label, refused_model
 from qna_timm.training.span_task import has_spans
 from qna_timm.training.task import classifier_layers
 
@@ -99,16 +98,14 @@ def _create(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
         resolved = resolve_model_input_args(args.model, vars(args), **kwargs)
         return create_model(pretrained=args.pretrained, scriptable=args.torchscript, **resolved)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        reason = re.split(r"\n|[.] ", str(error).strip() or type(error).__name__)[0]
-        name = model_label(args.model, args.model_kwargs)
+        hint = ""
         if args.pretrained:
             hint = "--pretrained-path FILE starts from weights on this machine"
-            if name != args.model:
+            if model_label(args.model, args.model_kwargs) != args.model:
                 hint += (
                     f", --backbone-checkpoint {args.model_kwargs['backbone']} from its backbone's"
                 )
-            reason += f" ({hint})"
-        raise UsageError(f"--model {name}: {reason}") from error
+        raise refused_model(args.model, args.model_kwargs, error, hint) from error
 
 
 def _check_branches(args: argparse.Namespace, model: nn.Module) -> None:

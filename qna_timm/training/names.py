@@ -1,5 +1,7 @@
 """Names that users misspell: models and datasets, checked against who knows them."""
 
+import inspect
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -76,6 +78,68 @@ def model_label(name: str, kwargs: Mapping[str, Any]) -> str:
     """The short name of a resolved model: `ga_NAME` for Gramian heads on a backbone."""
     backbone = kwargs.get("backbone")
     return f"{_HEADED_PREFIX}{backbone}" if name == _HEADED and backbone else name
+
+
+# Arguments of models that flags of their own set.
+_FLAG_OF_ARGUMENT = {
+    "drop_rate": "--drop",
+    "drop_path_rate": "--drop-path",
+    "drop_block_rate": "--drop-block",
+    "global_pool": "--gp",
+    "bn_momentum": "--bn-momentum",
+    "bn_eps": "--bn-eps",
+}
+
+
+def refused_model(
+    name: str, kwargs: Mapping[str, Any], error: Exception, hint: str = ""
+) -> UsageError:
+    """What to tell of a model that timm could not create.
+
+    Args:
+        name: Of the model, resolved.
+        kwargs: Those of ``--model-kwargs``.
+        error: As it was raised.
+        hint: What may work.
+    """
+    if said := unknown_argument(error, kwargs):
+        return UsageError(said)
+    reason = re.split(r"\n|[.] ", str(error).strip() or type(error).__name__)[0]
+    reason += f" ({hint})" if hint else ""
+    return UsageError(f"--model {model_label(name, kwargs)}: {reason}")
+
+
+def unknown_argument(error: Exception, kwargs: Mapping[str, Any]) -> str | None:
+    """Name the flag behind an argument that a model does not take, and the closest it takes.
+
+    Args:
+        error: Raised while the model was created.
+        kwargs: Those of ``--model-kwargs``.
+
+    Returns:
+        One line; None for other errors.
+    """
+    found = re.match(r"(\w+)\S*\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if found is None:
+        return None
+    owner, argument = found.groups()
+    if argument in kwargs:
+        known = _arguments_known(error, owner)
+        return f"--model-kwargs {argument}: {owner} has no such argument{closest(argument, known)}"
+    flag = _FLAG_OF_ARGUMENT.get(argument)
+    return flag and f"{flag}: {owner} has no argument {argument}"
+
+
+def _arguments_known(error: Exception, owner: str) -> list[str]:
+    """Arguments of the classes that were under construction: the model's, and its part's."""
+    classes: list[Any] = []
+    trace = error.__traceback__
+    while trace is not None:
+        frame, trace = trace.tb_frame, trace.tb_next
+        # timm's factory has the model's class at hand, whoever calls the part's its name
+        classes += [frame.f_locals.get("model_cls"), frame.f_globals.get(owner)]
+    signatures = [inspect.signature(cls) for cls in classes if isinstance(cls, type)]
+    return list(dict.fromkeys(name for signature in signatures for name in signature.parameters))
 
 
 def check_model_name(name: str, where: str = "--model") -> None:

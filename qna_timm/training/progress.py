@@ -1,4 +1,4 @@
-"""Progress of a pass over a loader, a bar on a terminal, lines in a pipe; and of an epoch, a line."""
+"""Progress of a pass over a loader: a bar on a terminal, lines in a pipe; an epoch in a line."""
 
 import importlib
 import logging

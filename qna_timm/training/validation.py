@@ -29,7 +29,12 @@ from qna_timm.training.data import dataset_classes, open_dataset, open_holdout
 from qna_timm.training.errors import UsageError
 from qna_timm.training.gramian_task import has_branches
 from qna_timm.training.holdout import HOLDOUT_SPLIT, take_holdout
-from qna_timm.training.names import expand_model_names, model_label, resolve_model
+from qna_timm.training.names import (
+    expand_model_names,
+    model_label,
+    refused_model,
+    resolve_model,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -221,9 +226,8 @@ def build_candidate(
         )
         model = create_model(pretrained=pretrained, scriptable=settings.torchscript, **resolved)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        name = model_label(settings.model, settings.model_kwargs)
-        raise UsageError(f"--model {name}: {reason}") from error
+        hint = "--checkpoint FILE validates weights on this machine" if pretrained else ""
+        raise refused_model(settings.model, settings.model_kwargs, error, hint) from error
     if settings.checkpoint:
         load_weights(model, settings.checkpoint, settings.use_ema)
     elif not pretrained:

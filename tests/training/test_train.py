@@ -212,7 +212,12 @@ def test_settings_that_a_newcomer_did_not_mean_are_told(
 MISTAKES = {
     "classes": ("--num-classes 9", "--num-classes 9: the data has 10 classes"),
     "size": ("--img-size 33", r"cannot take 3 x 33 x 33 images"),
-    "kwargs": ("--model-kwargs depht=2", "--model test_vit: .*depht"),
+    "kwargs": ("--model-kwargs depht=2", "--model-kwargs depht: VisionT.* has no .*mean 'depth'"),
+    "part": (
+        "--model ga_test_resnet --model-kwargs num_branch=2",
+        "--model-kwargs num_branch: GramianHead has no such argument; did you mean 'num_branches'",
+    ),
+    "flag": ("--drop-block 0.1", "--drop-block: VisionTransformer has no argument drop_block_rate"),
     "tta": ("--tta 11", "--tta 11: at most 10 views"),
     "nothing": ("--resume nothing/here", "--resume.*nothing/here"),
     "foreign": ("--initial-checkpoint {self}", "not a readable checkpoint"),

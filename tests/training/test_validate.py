@@ -322,6 +322,10 @@ class TestMistakes:
             assert said in self.fails(script, *weights)
         line = self.fails(script, "--checkpoint", str(run_folder), "--num-classes", "5")
         assert "10 classes, the model 5" in line
+        line = self.fails(script, *flags[:2], "--model", "qna_vit_tiny", "--pretrained")
+        assert "No pretrained weights exist for qna_vit_tiny (--checkpoint FILE" in line
+        line = self.fails(script, *flags, "--model-kwargs", "depht=2")
+        assert "--model-kwargs depht: VisionTransformer has no such argument" in line
         line = self.fails(script, *flags, "--pretrained", "--num-classes", "10")
         assert "published weights of test_vit have 1000 classes" in line
 
