@@ -122,7 +122,8 @@ def test_parameters_and_macs(name: str, parameters: int, gmacs: float) -> None:
         model(torch.empty(1, 3, 224, 224, device="meta"))
     ours = counter.get_total_flops() / 2e9
     assert 0.93 * gmacs < ours < gmacs
-    if said := re.search(r"([\d.]+) M parameters, ([\d.]+) GMACs", timm.model_entrypoint(name).__doc__):
+    docs = timm.model_entrypoint(name).__doc__
+    if said := re.search(r"([\d.]+) M parameters, ([\d.]+) GMACs", docs):
         assert said[1] == f"{parameters / 1e6:.1f}"
         assert float(said[2]) == pytest.approx(ours, abs=0.05 if ours > 10 else 0.005)
 

@@ -26,7 +26,7 @@ class Decision(NamedTuple):
 
 
 class Control:
-    """Lets the processes agree, with one small reduction and one look at the device each time.
+    """Lets the processes agree, with a small reduction and one look at the device each time.
 
     Args:
         processes: The run's processes.

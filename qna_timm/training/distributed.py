@@ -19,7 +19,7 @@ from timm.utils import world_info_from_env
 from torch import Tensor
 
 from qna_timm.training.errors import UsageError
-from qna_timm.training.launch import launched_by_slurm, set_rendezvous
+from qna_timm.training.launch import launched_by_slurm, set_interface, set_rendezvous
 from qna_timm.training.rendezvous import fresh_store, meets_in_used_store
 
 T = TypeVar("T")
@@ -105,6 +105,7 @@ def join_processes(
     if world_size > 1:
         if by_slurm:
             set_rendezvous(os.environ)
+        set_interface(os.environ)
         backends = _backends(resolved)
         _in_thread(lambda: _connect(backends, rank, world_size, timeout), while_waiting)
         # What later looks for these, in this process or in its loader workers, finds one kind.
@@ -180,8 +181,7 @@ def _connect(backends: str, rank: int, world_size: int, timeout: timedelta | Non
     except RuntimeError as error:
         if "connectFullMesh" not in str(error):
             raise
-        # NCCL looks for a way between machines; gloo takes the address that a machine's name has.
-        hint = "GLOO_SOCKET_IFNAME=eth0 or the like is needed where that is its own 127.*"
+        hint = "GLOO_SOCKET_IFNAME=eth0 or the like names the network between the machines"
         raise dist.DistNetworkError(f"{_reason(error)}; {hint}") from error
 
 

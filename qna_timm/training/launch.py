@@ -1,7 +1,10 @@
-"""What SLURM tells the tasks that it starts, turned into what PyTorch needs to connect them."""
+"""What a launcher tells the processes that it starts, turned into what connects them."""
 
+import contextlib
 import re
 import shutil
+import socket
+import struct
 import subprocess
 from collections.abc import Mapping, MutableMapping
 
@@ -9,6 +12,8 @@ from qna_timm.training.errors import UsageError
 
 # Below the range from which systems hand out ports on their own.
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
+# Linux' request for the address of a network interface.
+SIOCGIFADDR = 0x8915
 
 
 def launched_by_slurm(environ: Mapping[str, str]) -> bool:
@@ -56,3 +61,40 @@ def first_host(nodes: str) -> str:
     if first is None:
         raise UsageError(f"SLURM_JOB_NODELIST={nodes}: no list of machines such as gpu[01-04]")
     return re.sub(r"\[([^-,\]]+)[^\]]*\]", r"\1", first[0])
+
+
+def set_interface(environ: MutableMapping[str, str]) -> None:
+    """Set ``GLOO_SOCKET_IFNAME``, where it is not, if gloo would tell others a wrong address.
+
+    It takes the address that a machine's name has, which is its own 127.* where the name is in
+    /etc/hosts alone, as Debian's installer leaves it. Then it is told the interface by which
+    ``MASTER_ADDR`` is reached.
+    """
+    if "GLOO_SOCKET_IFNAME" in environ or "MASTER_ADDR" not in environ:
+        return
+    with contextlib.suppress(OSError):
+        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
+            return
+    name = interface_to(environ["MASTER_ADDR"])
+    if name is not None:
+        environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface by which another machine is reached; None for this one, or unknown."""
+    try:
+        import fcntl  # not everywhere
+    except ImportError:
+        return None
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, FIRST_PORT))  # which sends nothing
+        own = probe.getsockname()[0]
+        if own.startswith("127."):
+            return None
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                request = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return None

@@ -62,7 +62,7 @@ def measure(
     Raises:
         UsageError: the settings, the data, the checkpoint and the model do not go together.
     """
-    choose_kernels(processes.device)
+    choose_kernels(processes.device, mixed=settings.amp)
     random_seed(settings.seed)  # the same random weights on all processes
     dataset, class_names = open_labelled(settings, metadata)
     model, weights = build_candidate(settings, metadata)

@@ -3,13 +3,11 @@
 import argparse
 import inspect
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -37,6 +35,7 @@ from qna_timm.training.data_print import fingerprint
 from qna_timm.training.distributed import Processes
 from qna_timm.training.exactness import versions
 from qna_timm.training.gramian_task import GramianTask, has_branches
+from qna_timm.training.kernels import choose_kernels
 from qna_timm.training.loop import Trainer
 from qna_timm.training.names import model_label
 from qna_timm.training.optim import create_optimizer, create_schedule, learning_rate
@@ -111,7 +110,7 @@ def set_up(
         UsageError: Settings, files or data are at fault.
     """
     report.check_trackers(args)
-    _choose_kernels(args, processes.device)
+    choose_kernels(processes.device, args.deterministic, mixed=args.amp)
     train_set, eval_set = open_datasets(args)
     classes, class_names = choose_classes(args, train_set)
     # All processes start from the same weights.
@@ -161,18 +160,6 @@ def set_up(
     _announce_data_and_model(run, model, train_set, eval_set, known_classes=classes is not None)
     _announce_arithmetic(run, updates, lr_text)
     return run
-
-
-def _choose_kernels(args: argparse.Namespace, device: torch.device) -> None:
-    """As timm's script on a GPU, unless the same bits are asked for."""
-    if args.deterministic:
-        # read when cuBLAS makes its first handle
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if device.type == "cuda":
-        # One input size, so the search pays; TF32 for what float32 is left.
-        torch.backends.cudnn.benchmark = not args.deterministic
-        torch.set_float32_matmul_precision("high")
 
 
 def build_task(args: argparse.Namespace, model: nn.Module, processes: Processes) -> TrainTask:

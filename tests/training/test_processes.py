@@ -339,3 +339,25 @@ def test_file_system_errors_of_the_first_process_are_told_to_all(tmp_path: Path)
     path = tmp_path / ("long" * 100)
     with pytest.raises(UsageError, match="long: File name too long"):
         distributed.decide_on_primary(Processes(torch.device("cpu")), path.is_dir)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "set_to"),
+    [("127.0.1.1", "", "eth7"), ("10.0.0.5", "", None), ("127.0.0.1", "ib0", "ib0")],
+)
+def test_interface_of_gloo(
+    own: str, given: str, set_to: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found where the machine's name stands for nothing that others could reach."""
+    monkeypatch.setattr(launch.socket, "gethostbyname", lambda name: own)
+    monkeypatch.setattr(launch, "interface_to", lambda host: {"10.0.0.9": "eth7"}[host])
+    environ = {"MASTER_ADDR": "10.0.0.9"}
+    if given:
+        environ["GLOO_SOCKET_IFNAME"] = given
+    launch.set_interface(environ)
+    assert environ.get("GLOO_SOCKET_IFNAME") == set_to
+
+
+def test_no_interface_to_this_machine() -> None:
+    assert launch.interface_to("127.0.0.1") is None
+    assert launch.interface_to("no such machine") is None

@@ -275,10 +275,10 @@ def test_what_was_begun_before_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_kernels_are_those_of_training(
     script: ModuleType, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen: list[torch.device] = []
-    monkeypatch.setattr(measure, "choose_kernels", chosen.append)
+    chosen: list[tuple[torch.device, bool]] = []
+    monkeypatch.setattr(measure, "choose_kernels", lambda x, mixed: chosen.append((x, mixed)))
     assert script.main(["--checkpoint", str(run_folder), "--device", "cpu"]) == 0
-    assert chosen == [torch.device("cpu")]
+    assert chosen == [(torch.device("cpu"), False)]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -288,6 +288,8 @@ def test_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     choose_kernels(torch.device(device))
     assert (cudnn.benchmark, chosen) == ((True, ["high"]) if device == "cuda" else (False, []))
+    choose_kernels(torch.device(device), mixed=True)
+    assert chosen[1:] == (["highest"] if device == "cuda" else [])
 
 
 class TestMistakes:

@@ -93,11 +93,11 @@ class TwoNodes:
         Args:
             node: 0 or 1.
             command: Program and arguments.
-            environment: All of its environment, but for the interface that gloo is to use.
+            environment: All of its environment.
         """
         return subprocess.Popen(
             [*self._inside(node), *command],
-            env={**environment, "GLOO_SOCKET_IFNAME": CABLE},
+            env=dict(environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
