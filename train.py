@@ -145,7 +145,11 @@ def read_settings(argv: Sequence[str]) -> tuple[argparse.Namespace, bool]:
     in_place = report.goes_on_in(folder, args.given)
     if args.config or not (folder / report.ARGS_NAME).is_file():
         return args, in_place
-    saved = parse_train_args(["--config", str(folder / report.ARGS_NAME), *argv], QUICKSTART)
+    recipe = ["--config", str(folder / report.ARGS_NAME)]
+    without_kwargs = "model" in args.given and "model_kwargs" not in args.given
+    if without_kwargs and parse_train_args(recipe, QUICKSTART).model != args.model:
+        argv = [*argv, "--model-kwargs"]  # none: the saved ones are of another model
+    saved = parse_train_args([*recipe, *argv], QUICKSTART)
     if not in_place:
         saved.output, saved.experiment = args.output, args.experiment
     return saved, in_place

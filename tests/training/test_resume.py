@@ -162,6 +162,12 @@ def test_state_of_another_model_or_optimizer(train: ModuleType, tmp_path: Path) 
     ):
         with pytest.raises(UsageError, match=pattern):
             train.main(digits(tmp_path, *resume, *flags))
+    named = ["--experiment", "c", "--model-kwargs", "depth=2"]
+    train.main(digits(tmp_path, *named, "--max-steps", "1", "--epochs", "1"))
+    with pytest.raises(UsageError, match=of_another):
+        train.main(["--resume", str(tmp_path / "c"), "--model", "test_resnet"])
+    with pytest.raises(UsageError, match=r"not a checkpoint of test_vit: .* missing"):
+        train.main(["--resume", str(tmp_path / "c"), "--model-kwargs"])
     weights = tmp_path / "a" / "last.safetensors"
     with pytest.raises(UsageError, match="weights without the state of a run"):
         train.main(digits(tmp_path, "--resume", str(weights)))
