@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# scripts/test.sh, then the recipes that it leaves out and timm's tests on every model name.
+# scripts/test.sh, then the tests that it leaves out (mostly recipes) and timm's tests on every model name.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/test.sh
 source scripts/_env.sh
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 2 -m other_recipes
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 2 -m thorough
 scripts/timm_tests.sh --all

@@ -27,9 +27,25 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
-def run_cases(cases: Path, environment: dict[str, str]) -> None:
-    """A file of tests in a new process: whether triton interprets is settled at its import."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+def run_cases(cases: Path, environment: dict[str, str], marks: str = "") -> None:
+    """A file of tests in a new process: whether triton interprets is settled at its import.
+
+    Args:
+        cases: The file.
+        environment: Variables beside this process's.
+        marks: Which of the tests, as pytest's -m has it.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        marks,
+        str(cases),
+    ]
     found = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 

@@ -178,7 +178,10 @@ def test_large_scores(scale: float, form: None) -> None:
     compare(tensors, args, (1e-4, 1e-3), 1e-8 if scale == 1e4 else 1e-6)
 
 
-@pytest.mark.parametrize("tables", ["both", "no-bias", "no-weight"])
+@pytest.mark.parametrize(
+    "tables",
+    ["both", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("no-bias", "no-weight"))],
+)
 def test_one_token_has_all_the_weight(tables: str, form: None) -> None:
     """Of every window, at scores of 1e4: the gradients of scores and bias are nothing."""
     tensors, args = make_inputs("small-map", tables, batch=1)
@@ -200,7 +203,10 @@ def test_one_token_has_all_the_weight(tables: str, form: None) -> None:
     assert (of_value[0].double() - of_value[1]).norm() <= 1e-6 * of_value[1].norm()
 
 
-@pytest.mark.parametrize(("offset", "spread"), [(0.0, 1e3), (-1e4, 1.0), (-1e4, 1e3)])
+@pytest.mark.parametrize(
+    ("offset", "spread"),
+    [pytest.param(0.0, 1e3, marks=pytest.mark.thorough), (-1e4, 1.0), (-1e4, 1e3)],
+)
 def test_wide_bias_and_common_offset(offset: float, spread: float, form: None) -> None:
     tensors, args = make_inputs("small-map", batch=1)
     tensors[0] = (tensors[0] + offset).float().double()

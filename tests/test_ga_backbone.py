@@ -156,7 +156,13 @@ def test_any_image_size(size: tuple[int, int]) -> None:
         torch.testing.assert_close(model(channels_last), logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(name, marks=[pytest.mark.thorough] * name.startswith("eff"))
+        for name in BACKBONES
+    ],
+)
 def test_compiles_and_exports(backbone: str) -> None:
     model = create(backbone, taps=(0, 1)).eval()
     x = images(model)

@@ -129,6 +129,7 @@ def test_float32(name: str) -> None:
 
 
 @families
+@torch.no_grad()
 def test_graphs(name: str) -> None:
     """Compiled whole, exported with free sizes, and scripted: the same function."""
     shallow = dict(layers=(1, 1, 1, 1)) if name == "ga_resnet50" else dict(depth=1)

@@ -184,6 +184,7 @@ def test_no_images() -> None:
     assert small(drop_path_rate=0.1).eval()(torch.empty(0, 3, 32, 32)).shape == (0, 7)
 
 
+@torch.no_grad()
 def test_compile_and_export() -> None:
     """One graph, also with branch outputs; exported with a batch of any size."""
     model = small().eval()

@@ -14,8 +14,15 @@ from qna_timm.ops import qna_triton
 CASES = Path(__file__).parent / "qna_triton_cases.py"
 
 
+@pytest.mark.timeout(900)
 def test_cases_in_the_interpreter() -> None:
-    run_cases(CASES, {"TRITON_INTERPRET": "1"})
+    run_cases(CASES, {"TRITON_INTERPRET": "1"}, "not thorough")
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(900)
+def test_more_cases_in_the_interpreter() -> None:
+    run_cases(CASES, {"TRITON_INTERPRET": "1"}, "thorough")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

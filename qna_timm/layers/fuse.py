@@ -91,12 +91,12 @@ class MapFusion(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Maps [B, channels, height, width] to [B, D, H, W]."""
-        size = maps[self.reference].shape[-2:]
+        height, width = maps[self.reference].shape[-2:]
         resized = []
         for i, x in enumerate(maps):
             if self.pooled[i]:
-                x = average_pool_to(x, size)
+                x = average_pool_to(x, (height, width))
             elif self.upsampled[i]:
-                x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+                x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
             resized.append(x)
         return self.block(torch.cat(resized, dim=1))

@@ -19,10 +19,13 @@ def average_pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
     PyTorch's own; but its gradient on a GPU adds up in any order, and is refused where
     deterministic algorithms are asked for: there means come from products of rows and columns.
     """
-    if torch.jit.is_scripting() or not torch.are_deterministic_algorithms_enabled():
+    if torch.jit.is_scripting():
         return F.adaptive_avg_pool2d(x, size)
-    rows, cols = _shares(x.shape[-2], size[0], x), _shares(x.shape[-1], size[1], x)
-    return rows @ x @ cols.t()
+    else:  # in so many words: the script compiler skips an else branch, not code that follows
+        if not torch.are_deterministic_algorithms_enabled():
+            return F.adaptive_avg_pool2d(x, size)
+        rows, cols = _shares(x.shape[-2], size[0], x), _shares(x.shape[-1], size[1], x)
+        return rows @ x @ cols.t()
 
 
 def resize_offset_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -179,13 +179,13 @@ def _apply_smoke(args: Namespace, command: Mapping[str, Any]) -> None:
     """
     args.dataset, args.data_dir, args.builtin_data = BUILTIN_DATASET, None, False
     args.train_split, args.val_split, args.class_map = "train", "validation", ""
-    args.train_num_samples, args.val_num_samples = None, 16
+    args.train_num_samples, args.val_num_samples = None, 8
     args.dataset_download = args.pretrained = args.log_wandb = False
     if "pretrained_path" not in command and not Path(args.pretrained_path or "").is_file():
         args.pretrained_path = None
     if "backbone_checkpoint" not in command and not Path(args.backbone_checkpoint).is_file():
         args.backbone_checkpoint = ""
-    args.batch_size, args.validation_batch_size = min(args.batch_size, 4), 16
+    args.batch_size, args.validation_batch_size = min(args.batch_size, 2), 8
     args.grad_accum_steps = min(args.grad_accum_steps, 2)
     args.workers = 0
     args.img_size = _smoke_side(args)

@@ -239,7 +239,7 @@ def to_run(path):
     else:
         larger = re.search("_(small|base|medium|large)$|_(medium|large)_", name)
         stands = larger is None or name == "ga_vit_small"
-    marks = [] if stands else [pytest.mark.other_recipes]
+    marks = [] if stands else [pytest.mark.thorough]
     return pytest.param(path, marks=marks, id=name)
 
 
