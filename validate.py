@@ -19,8 +19,13 @@ import torch
 from timm.utils import check_batch_size_retry, decay_batch_step
 
 import qna_timm  # noqa: F401  (registers its models)
-from qna_timm.training.distributed import Processes, join_processes, leave_processes
-from qna_timm.training.errors import UsageError, run_cli
+from qna_timm.training.distributed import (
+    Processes,
+    join_processes,
+    leave_processes,
+    lost_connection,
+)
+from qna_timm.training.errors import RunFailed, UsageError, run_cli
 from qna_timm.training.logs import RunLog
 from qna_timm.training.measure import measure
 from qna_timm.training.recipe import parse_validate_args
@@ -46,12 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         UsageError: settings, files or data are at fault.
+        RunFailed: other processes are lost.
     """
     args = parse_validate_args(argv)
-    processes = join_processes(args.device)
     try:
+        processes = join_processes(args.device)
         with RunLog(processes.is_primary):
             return validate_all(args, processes)
+    except Exception as error:
+        if (reason := lost_connection(error)) is None:
+            raise
+        raise RunFailed(reason) from error
     finally:
         leave_processes()
 

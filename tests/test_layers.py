@@ -314,3 +314,10 @@ def test_batch_norm_averages_the_biased_variance() -> None:
 def test_bad_arguments(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LearnedQueryAttention(8, **kwargs)
+
+
+def test_maps_are_channels_last() -> None:
+    layer = LearnedQueryAttention(8, 2, 3)
+    for shape in ((1, 8, 5, 6), (5, 6, 8)):
+        with pytest.raises(ValueError, match=r"x must be a channels-last map \[B, H, W, 8\], got"):
+            layer(torch.zeros(shape))

@@ -81,6 +81,9 @@ def learned_query_scores(
 
     Returns:
         [B, H, W, Q, h].
+
+    Raises:
+        ValueError: x is not a channels-last map of D channels.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, key_weight, query = x.to(dtype), key_weight.to(dtype), query.to(dtype)
@@ -89,6 +92,9 @@ def learned_query_scores(
     if torch.jit.is_scripting():
         return _folded_scores(x, key_weight, key_bias, query)
     else:  # in so many words: the script compiler skips an else branch, not code that follows
+        wanted, shape = key_weight.shape[1], list(x.shape)
+        if not torch.jit.is_tracing() and (len(shape) != 4 or shape[3] != wanted):
+            raise ValueError(f"x must be a channels-last map [B, H, W, {wanted}], got {shape}")
         if is_plain_float32(x):
             return _folded_scores(x, key_weight, key_bias, query)
         with full_float32(x.device):
@@ -216,6 +222,8 @@ def explain_qna_attention(
     padding: int = 0,
 ) -> Choice:
     """Which form impl='auto' takes for an output, and why not others; computes it to see.
+
+    Of a forward pass: gradients may come from another form, and wide windows' from 'fft' sooner.
 
     Arguments and errors as in `qna_attention`. Where images need several forms, the choice is the
     last of them on the ladder and the reasons tell how many images are concerned.

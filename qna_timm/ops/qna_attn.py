@@ -18,9 +18,11 @@ from qna_timm.ops.qna_native import native_backward, native_forward, unsupported
 from qna_timm.ops.qna_sums import Tables, WindowSums
 from qna_timm.ops.qna_windows import Windows, check_problem
 
-# Channels of all queries and tokens at a time: what caches hold on a CPU, enough to fill a GPU.
+# Channels of all queries and tokens at a time: what caches hold on a CPU, enough to fill a GPU, of
+# whose memory backward takes some 40 bytes for each: a sixteenth at most.
 CPU_NUMBERS = 2**20
 GPU_NUMBERS = 2**27
+GPU_BYTES = 16 * 40
 # The same for compiled functions, which see to caches themselves: some 50 MiB in backward.
 NATIVE_NUMBERS = 2**24
 # Offsets of a window from which Fourier transforms take less time than convolutions, and where
@@ -110,12 +112,19 @@ class Problem:
         """Images to compute at a time."""
         batch, height, width, channels = self.value.shape
         numbers = max(1, height * width * channels * self.scores.shape[3])
-        most = CPU_NUMBERS if self.on_cpu else GPU_NUMBERS
-        if self.is_native:
-            most = NATIVE_NUMBERS
-        step = max(1, most // numbers)
+        step = max(1, self._most_numbers() // numbers)
         for start in range(0, batch, step):
             yield slice(start, min(start + step, batch))
+
+    def _most_numbers(self) -> int:
+        if self.is_native:
+            return NATIVE_NUMBERS
+        if self.on_cpu:
+            return CPU_NUMBERS
+        if not self.value.is_cuda:
+            return GPU_NUMBERS
+        memory = torch.cuda.get_device_properties(self.value.device).total_memory
+        return min(GPU_NUMBERS, memory // GPU_BYTES)
 
     def split(self, images: slice) -> tuple[Tensor, Tensor]:
         """Scores and value of some images, of one dtype."""
