@@ -317,7 +317,7 @@ def test_bad_arguments(kwargs: dict, message: str) -> None:
 
 
 def test_maps_are_channels_last() -> None:
-    layer = LearnedQueryAttention(8, 2, 3)
+    layer = LearnedQueryAttention(8, num_heads=2, kernel_size=3)
     for shape in ((1, 8, 5, 6), (5, 6, 8)):
         with pytest.raises(ValueError, match=r"x must be a channels-last map \[B, H, W, 8\], got"):
             layer(torch.zeros(shape))
