@@ -1,7 +1,20 @@
 """Fixtures of all tests."""
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from ladders import compiled_for, needs_native, without_native
+from timm.layers import is_fast_norm, set_fast_norm
+
+
+@pytest.fixture(autouse=True)
+def settings_restored() -> Iterator[None]:
+    """Settings of the whole process that runs of scripts change."""
+    fast_norm, deterministic = is_fast_norm(), torch.are_deterministic_algorithms_enabled()
+    yield
+    set_fast_norm(fast_norm)
+    torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.fixture(params=["native", "stock"])

@@ -147,6 +147,7 @@ def test_matches_reference(size: str, tables: str) -> None:
     compare(*make_inputs(size, tables, batch), (1e-5, 1e-5))
 
 
+@pytest.mark.thorough
 def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also several to a program that sums for the tables, and partial sums of several programs."""
     monkeypatch.setattr(qna_triton_problem, "BLOCK_BYTES", 128)
@@ -264,6 +265,7 @@ def test_low_precision(dtype: torch.dtype, form: None) -> None:
         assert ours.mean() <= 2 * theirs.mean() + rounding.mean()
 
 
+@pytest.mark.thorough
 def test_layouts() -> None:
     """Transposed, strided, sliced and NCHW inputs give the bits that contiguous ones give."""
     tensors, args = make_inputs("small-map")

@@ -65,9 +65,18 @@ def compute(arguments: dict, dtype: torch.dtype = torch.float32) -> list[Tensor]
     return [x.cpu() for x in (out.detach(), *grads)]
 
 
-# a floor means nothing without a mask; the largest case takes long
-PLAIN = [(case, 0.0) for case in CASES if case[1] * case[2] < 200]
-WITH_FLOOR = [(case, 1e-2) for case in CASES if case[-1] != "none"]
+def is_large(case: tuple) -> bool:
+    """It takes long."""
+    return case[1] * case[2] >= 200
+
+
+# a floor means nothing without a mask
+PLAIN = [(case, 0.0) for case in CASES if not is_large(case)]
+WITH_FLOOR = [
+    pytest.param(case, 1e-2, marks=[pytest.mark.thorough] * is_large(case))
+    for case in CASES
+    if case[-1] != "none"
+]
 
 
 @pytest.mark.usefixtures("large_tiles")

@@ -20,7 +20,7 @@ from qna_timm.training.checkpoint import save_weights
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SHORT = "--epochs 1 --warmup-epochs 0 --max-steps 2 --batch-size 8 --workers 0"
+SHORT = "--epochs 1 --warmup-epochs 0 --max-steps 2 --batch-size 8 --val-num-samples 16 --workers 0"
 
 
 def blocks(language: str) -> list[str]:

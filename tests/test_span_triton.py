@@ -19,6 +19,12 @@ def test_cases_in_the_interpreter() -> None:
     run_cases(CASES, {"TRITON_INTERPRET": "1"}, "not thorough")
 
 
+@pytest.mark.thorough
+@pytest.mark.timeout(900)
+def test_more_cases_in_the_interpreter() -> None:
+    run_cases(CASES, {"TRITON_INTERPRET": "1"}, "thorough")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cases_on_the_gpu() -> None:
     run_cases(CASES, {"TRITON_INTERPRET": "0"})
