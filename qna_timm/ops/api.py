@@ -58,7 +58,9 @@ def _folded_scores(x: Tensor, weight: Tensor, bias: Tensor | None, query: Tensor
     return F.linear(x, folded.flatten(0, 1), offset).unflatten(3, (num_queries, num_heads))
 
 
-# PyTorch 2.6 does not tell one from the other: both are exporting there
+# PyTorch 2.6 does not tell compiling from exporting, both are exporting there; and inside compiled
+# transforms operators have no gradients.
+IS_OLD = not hasattr(torch.compiler, "is_exporting")
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
@@ -202,7 +204,7 @@ def _choose_qna(impl: str, scores: Tensor, value: Tensor, *rest: Any) -> Choice:
     kernel_h, kernel_w = rest[2]
     few = kernel_h * kernel_w <= FUSED_OFFSETS
     if impl == "auto" and torch.compiler.is_compiling():
-        if has_tangents():
+        if has_tangents() or (IS_OLD and torch._C._are_functorch_transforms_active()):
             return Choice("offsets", {"auto": "compiled graphs have no tangents of operators"})
         if few and not _is_exporting() and qna_native.unsupported(scores, value):
             return Choice("offsets", {"auto": "the compiler fuses so few offsets into one loop"})

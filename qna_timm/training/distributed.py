@@ -171,15 +171,13 @@ def _connect(backends: str, rank: int, world_size: int, timeout: timedelta | Non
         )
     except ValueError as error:  # without MASTER_ADDR or MASTER_PORT
         raise UsageError(f"{world_size} processes: {error}; torchrun and srun set it") from error
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        port = os.environ["MASTER_PORT"]
-        raise UsageError(
-            f"MASTER_PORT={port}: in use on this machine, another number is needed"
-        ) from error
     except RuntimeError as error:
-        if "connectFullMesh" not in str(error):
+        if "EADDRINUSE" in str(error):
+            port = os.environ["MASTER_PORT"]
+            raise UsageError(
+                f"MASTER_PORT={port}: in use on this machine, another number is needed"
+            ) from error
+        if isinstance(error, dist.DistNetworkError) or "connectFullMesh" not in str(error):
             raise
         hint = "GLOO_SOCKET_IFNAME=eth0 or the like names the network between the machines"
         raise dist.DistNetworkError(f"{_reason(error)}; {hint}") from error

@@ -188,9 +188,7 @@ def test_device_that_is_not_there() -> None:
         join_processes("gpu")
 
 
-@pytest.mark.parametrize(
-    "device, backends", [("cpu", "gloo"), ("mps", "gloo"), ("cuda:1", "cpu:gloo,cuda:nccl")]
-)
+@pytest.mark.parametrize("device, backends", [("cpu", "gloo"), ("cuda:1", "cpu:gloo,cuda:nccl")])
 def test_backends(device: str, backends: str) -> None:
     assert distributed._backends(torch.device(device)) == backends
 
