@@ -5,7 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,10 +40,25 @@ SIZES = {
     "all-padding": (1, 1, 3, 1, 8, (7, 7), 1, 3),
     "a-row": (1, 200, 2, 2, 8, (1, 3), 1, 0),
 }
+# the same, of windows so wide that sums by Fourier transforms are exact enough for random numbers
+WIDE_SIZES = {
+    "one-tile": (20, 18, 2, 3, 8, (15, 15), 1, 7),
+    "tiles": (150, 40, 1, 2, 8, (9, 9), 1, 4),
+    "tiles-of-both-sides": (137, 141, 1, 1, 4, (11, 11), 1, 5),
+    "wide-heads-in-two-vectors": (18, 20, 2, 2, 24, (9, 9), 1, 4),
+    "narrow-heads": (33, 21, 3, 7, 3, (11, 9), 1, 4),
+    "single-channels": (24, 24, 1, 5, 1, (13, 13), 1, 6),
+    "stride": (41, 39, 4, 2, 8, (15, 13), 2, 6),
+    "no-padding": (40, 33, 2, 2, 6, (13, 13), 1, 0),
+    "window-over-map": (9, 8, 2, 2, 16, (17, 17), 1, 8),
+}
+SIZES_AND_WAYS = [(size, qna_native.NEVER) for size in SIZES] + [
+    (size, qna_native.ALWAYS) for size in [*SIZES, *WIDE_SIZES]
+]
 
 
 def problem(size: str, spread: float = 1.0) -> tuple[list[Tensor], tuple]:
-    height, width, queries, heads, dim, kernel, stride, padding = SIZES[size]
+    height, width, queries, heads, dim, kernel, stride, padding = (SIZES | WIDE_SIZES)[size]
     gen = torch.Generator().manual_seed(0)
     table = (kernel[0] * kernel[1], queries, heads)
     shapes = (2, height, width, queries, heads), (2, height, width, heads * dim), table, table
@@ -57,29 +75,119 @@ def run(tensors: list[Tensor], args: tuple, impl: str = "native") -> list[Tensor
     return [out.detach(), *torch.autograd.grad(out, leaves, direction)]
 
 
+@pytest.fixture
+def computed_directly(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many heads of images the last calls did not compute by transforms, by function."""
+    needs_native()
+    counts = {}
+
+    def counted(name: str) -> Callable[..., int]:
+        def call(*args: Any) -> int:
+            counts[name.removeprefix("qna_")] = functions[name](*args)
+            return counts[name.removeprefix("qna_")]
+
+        return call
+
+    functions = qna_native.LIBRARY.functions
+    names = ("qna_forward", "qna_backward")
+    library = replace(
+        qna_native.LIBRARY, functions={**functions, **{name: counted(name) for name in names}}
+    )
+    monkeypatch.setattr(qna_native, "LIBRARY", library)
+    return counts
+
+
 @pytest.mark.parametrize("spread", [1.0, 60.0])
-@pytest.mark.parametrize("size", SIZES)
-def test_all_sizes(size: str, spread: float, capability: str) -> None:
+@pytest.mark.parametrize("size, way", SIZES_AND_WAYS)
+def test_all_sizes(
+    size: str, way: int, spread: float, monkeypatch: pytest.MonkeyPatch, capability: str
+) -> None:
+    monkeypatch.setattr(qna_native, "TRANSFORMS", way)
     tensors, args = problem(size, spread)
     found = run(tensors, args)
-    wanted = run([t.double() for t in tensors], args, "offsets")
+    # double precision is not for compiled functions
+    wanted = run([t.double() for t in tensors], args, "offsets" if size in SIZES else "auto")
     assert error(found[0], wanted[0]) < 1e-5
     for f, w in zip(found[1:], wanted[1:], strict=True):
         assert (f.double() - w).norm() <= 1e-4 * w.norm() + 1e-7
 
 
-@pytest.mark.parametrize("size", ["bands", "four-queries", "stride-over-window"])
-def test_threads_change_nothing(size: str) -> None:
+@pytest.mark.parametrize("size", WIDE_SIZES)
+def test_wide_windows_are_summed_by_transforms(
+    size: str, monkeypatch: pytest.MonkeyPatch, computed_directly: dict[str, int]
+) -> None:
+    monkeypatch.setattr(qna_native, "TRANSFORMS", qna_native.ALWAYS)
+    tensors, args = problem(size, 0.5)
+    run(tensors, args)
+    assert computed_directly == {"forward": 0, "backward": 0}
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, heads_left", [(3, 1, (8, 8)), (5, 1, (8, 8)), (15, 1, (0, 0)), (15, 2, (0, 0))]
+)
+def test_transforms_where_they_are_faster(
+    kernel: int, stride: int, heads_left: tuple[int, int], computed_directly: dict[str, int]
+) -> None:
+    """Here and there the two ways take very different time."""
+    tensors = torch.randn(1, 56, 56, 2, 8), torch.randn(1, 56, 56, 64)
+    tables = [torch.randn(kernel**2, 2, 8) * 0.2 for _ in range(2)]
+    run([*tensors, *tables], ((kernel, kernel), stride, kernel // 2))
+    assert computed_directly == dict(zip(("forward", "backward"), heads_left, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["spread", "tower", "smooth", "bias"])
+@pytest.mark.parametrize("size", ["tiles", "window-over-map", "narrow-heads"])
+def test_transforms_are_right_or_left_alone(
+    size: str, kind: str, monkeypatch: pytest.MonkeyPatch, computed_directly: dict[str, int]
+) -> None:
+    """Over every range of scores, and head by head."""
+    monkeypatch.setattr(qna_native, "TRANSFORMS", qna_native.ALWAYS)
+    left = []
+    for spread in (0.1, 1.0, 2.0, 4.0, 8.0, 300.0):
+        (scores, value, bias, weight), args = problem(size)
+        if kind == "tower":
+            scores[:, 5, 5] += 3 * spread
+        elif kind == "bias":
+            bias[0] += 3 * spread
+        elif kind == "smooth":  # gradients of scores are next to nothing
+            scores, value, bias, weight = scores * spread, value * 0.1 + 3, bias / 100, weight / 100
+        else:
+            scores *= spread
+            scores[0, :, :, :, 0] /= 10  # one head less than others
+        tensors = [scores, value, bias, weight]
+        found = run(tensors, args)
+        wanted = run([t.double() for t in tensors], args, "auto")
+        left.append(computed_directly["forward"])
+        assert error(found[0], wanted[0]) < 1e-5
+        for f, w in zip(found[1:], wanted[1:], strict=True):
+            assert (f.double() - w).norm() <= 1e-4 * w.norm() + 1e-6  # what a softmax leaves
+    assert left[0] == 0 and left[-1] > 0
+    if kind == "spread":
+        heads = scores.shape[0] * scores.shape[4]
+        assert any(0 < count < heads for count in left)
+
+
+@pytest.mark.parametrize(
+    "size, way",
+    [
+        *((size, qna_native.NEVER) for size in ("bands", "four-queries", "stride-over-window")),
+        *((size, qna_native.ALWAYS) for size in ("bands", "tiles", "narrow-heads", "stride")),
+    ],
+)
+def test_threads_change_nothing(size: str, way: int, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_native()
+    monkeypatch.setattr(qna_native, "TRANSFORMS", way)
     tensors, args = problem(size)
+    tensors = [torch.cat([t] * 3) if t.shape[0] == 2 else t for t in tensors]  # images in parts
     assert same_for_any_threads(lambda: run(tensors, args))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size, way", SIZES_AND_WAYS)
 def test_stays_within_its_memory(
-    size: str, monkeypatch: pytest.MonkeyPatch, capability: str
+    size: str, way: int, monkeypatch: pytest.MonkeyPatch, capability: str
 ) -> None:
     """Nothing is read that was not written before, and nothing written beyond the end."""
+    monkeypatch.setattr(qna_native, "TRANSFORMS", way)
     tensors, args = problem(size)
     wanted = run(tensors, args)
     handed = guard_memory(monkeypatch)
@@ -137,10 +245,14 @@ def test_the_best_of_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.load_library("qna", qna_native.VERSION, {}).kind == "avx2"
 
 
+@pytest.mark.parametrize("way", [qna_native.NEVER, qna_native.ALWAYS])
 @pytest.mark.parametrize("scale", [1e-30, 1e-24, 1.0, 1e24, 1e30])
 @pytest.mark.parametrize("kind", ["ramp", "tower", "bias"])
-def test_gradients_of_any_size_over_wide_ranges(kind: str, scale: float) -> None:
+def test_gradients_of_any_size_over_wide_ranges(
+    kind: str, scale: float, way: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needs_native()
+    monkeypatch.setattr(qna_native, "TRANSFORMS", way)
     gen = torch.Generator().manual_seed(0)
     scores, value = torch.randn(1, 6, 64, 1, 1, generator=gen), torch.randn(1, 6, 64, 4)
     bias, weight = torch.zeros(9, 1, 1), torch.randn(9, 1, 1, generator=gen)
@@ -173,8 +285,37 @@ def test_a_batch_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(found, other)
 
 
-def test_one_number_that_is_none(capability: str) -> None:
+@pytest.mark.parametrize("scale", [1e-30, 1e-16, 1e16, 1e30])
+def test_values_and_gradients_of_any_size_by_transforms(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms of numbers whose squares are none, or nothing, tell nothing of errors."""
+    needs_native()
+    monkeypatch.setattr(qna_native, "TRANSFORMS", qna_native.ALWAYS)
+    tensors, args = problem("one-tile", 0.5)
+    for sizes in ((1.0, scale), (scale, 1.0), (scale, 1 / scale)):
+        leaves = [t.clone() for t in tensors]
+        leaves[1] *= sizes[0]
+        grads = []
+        for impl, kind in (("native", torch.float32), ("auto", torch.float64)):
+            own = [t.to(kind).requires_grad_() for t in leaves]
+            out = qna_attention(*own, *args, impl)
+            direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+            direction = (direction.float() * sizes[1]).to(kind)
+            grads.append([out.detach(), *torch.autograd.grad(out, own, direction)])
+        assert error(grads[0][0], grads[1][0]) < 1e-5
+        for f, w in zip(grads[0][1:], grads[1][1:], strict=True):
+            assert (f.double() / w.abs().max() - w / w.abs().max()).norm() <= 1e-4 * (
+                w / w.abs().max()
+            ).norm()
+
+
+@pytest.mark.parametrize("way", [qna_native.NEVER, qna_native.ALWAYS])
+def test_one_number_that_is_none(
+    way: int, monkeypatch: pytest.MonkeyPatch, capability: str
+) -> None:
     """It spoils the windows that see it, forward and backward, and no other."""
+    monkeypatch.setattr(qna_native, "TRANSFORMS", way)
     tensors, args = problem("bands")
     tensors[0][0, 20, 20, 0, 0] = float("nan")
     out, by_scores, by_value, *_ = run(tensors, args)

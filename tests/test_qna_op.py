@@ -204,8 +204,7 @@ def test_one_image_beyond_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kernel, impl", [(3, "depthwise"), (7, "depthwise"), (33, "fft")])
 def test_choice_by_window(kernel: int, impl: str, ladder: str) -> None:
-    if ladder == "native" and impl == "depthwise":
-        impl = "native"
+    impl = "native" if ladder == "native" else impl
     scores, value = torch.randn(1, 32, 32, 2, 2) * 0.3, torch.randn(1, 32, 32, 8)
     choice = explain_qna_attention(scores, value, None, None, (kernel, kernel), 1, kernel // 2)
     assert choice.impl == impl
@@ -345,6 +344,7 @@ def test_vmap_of_nothing() -> None:
     assert out.shape == (0, 2, 5, 7, 12)
 
 
-def test_half_precision_scores_are_explained_as_computed() -> None:
+def test_half_precision_scores_are_explained_as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_native(monkeypatch)
     scores, value = torch.randn(1, 32, 32, 2, 2).bfloat16() * 0.3, torch.randn(1, 32, 32, 8)
     assert explain_qna_attention(scores, value, None, None, (33, 33), 1, 16).impl == "fft"

@@ -225,7 +225,7 @@ def explain_qna_attention(
 ) -> Choice:
     """Which form impl='auto' takes for an output, and why not others; computes it to see.
 
-    Of a forward pass: gradients may come from another form, and wide windows' from 'fft' sooner.
+    Of a forward pass: gradients may come from another form.
 
     Arguments and errors as in `qna_attention`. Where images need several forms, the choice is the
     last of them on the ladder and the reasons tell how many images are concerned.
@@ -241,7 +241,7 @@ def explain_qna_attention(
     with torch.no_grad(), problem:
         served = [(problem.forward(part)[0], part.stop - part.start) for part in problem.parts()]
     left = scores.shape[0]
-    for name in ("fft", "native", "depthwise"):
+    for name in ("native", "fft", "depthwise"):
         reason = problem.why_not(name)
         if reason is None:
             left -= sum(count for form, count in served if form == name)

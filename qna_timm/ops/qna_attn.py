@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qna_timm.ops import qna_native
 from qna_timm.ops.qna_depthwise import depthwise_sums
 from qna_timm.ops.qna_exact import exact_backward, exact_forward
 from qna_timm.ops.qna_fourier import FourierSums
@@ -29,8 +28,6 @@ NATIVE_NUMBERS = 2**24
 # convolutions without gradients are faster for longer.
 FOURIER_OFFSETS = 169
 FOURIER_OFFSETS_FORWARD = {"AVX512": 400}
-# The same beside compiled functions, by what they were compiled for: forward, backward.
-FOURIER_OFFSETS_NATIVE = {"avx512": (1000, 300), "avx2": (500, 250), "baseline": (150, 120)}
 # What the operator computes by hand.
 FORMS = ("auto", "native", "depthwise", "fft", "exact")
 
@@ -62,9 +59,7 @@ class Problem:
         self.scores, self.value, self.impl = scores, value, impl
         self.on_cpu, self.is_backward = value.device.type == "cpu", backward
         self.least_fourier = FOURIER_OFFSETS
-        if self.has_native:
-            self.least_fourier = FOURIER_OFFSETS_NATIVE[qna_native.LIBRARY.kind][backward]
-        elif self.on_cpu and not backward:
+        if self.on_cpu and not backward:
             kind = torch.backends.cpu.get_cpu_capability()
             self.least_fourier = FOURIER_OFFSETS_FORWARD.get(kind, FOURIER_OFFSETS)
         self.windows = Windows(*window)
@@ -90,8 +85,10 @@ class Problem:
             return self.against_native
         if _is_recorded(self.scores):
             return "it looks at what came out, which a recorded CUDA graph cannot"
+        if self.has_native:
+            return "compiled functions are faster"
         if name == "depthwise":
-            return "compiled functions are faster" if self.has_native else None
+            return None
         offsets = self.windows.num_offsets * self.out_size[0] * self.out_size[1]
         tokens = self.size[0] * self.size[1]
         if offsets < self.least_fourier * tokens:

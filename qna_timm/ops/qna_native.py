@@ -14,16 +14,19 @@ from qna_timm.ops.native import Call, address, in_float32, load_library
 from qna_timm.ops.qna_windows import Windows
 
 # Of `native/qna.cpp`; to be raised on both sides with every change of what is compiled.
-VERSION = 4
+VERSION = 5
 MOST_CHANNELS = 64
+# Whether windows' sums come from Fourier transforms: never, where that is faster, always.
+NEVER, WHERE_FASTER, ALWAYS = range(3)
+TRANSFORMS = WHERE_FASTER
 
 _POINTER = ctypes.c_void_p
 _INPUTS = [_POINTER, _POINTER, _POINTER, _POINTER, ctypes.c_int64, _POINTER, ctypes.c_int]
 
 FUNCTIONS = {
     "qna_floats": ([_POINTER, ctypes.c_int, ctypes.c_int], ctypes.c_int64),
-    "qna_forward": ([_POINTER, *_INPUTS, _POINTER], None),
-    "qna_backward": ([_POINTER, _POINTER, *_INPUTS, *[_POINTER] * 4], None),
+    "qna_forward": ([_POINTER, *_INPUTS, _POINTER], ctypes.c_int64),
+    "qna_backward": ([_POINTER, _POINTER, *_INPUTS, *[_POINTER] * 4], ctypes.c_int64),
 }
 # at import, so that a compiler which follows `unsupported` finds it loaded
 LIBRARY = load_library("qna", VERSION, FUNCTIONS)
@@ -51,7 +54,8 @@ def _call(
 ) -> tuple[Call, tuple]:
     """Of scores [B, H, W, Q, h], value [B, H, W, C], bias [K, Q, h], weight [K or 1, Q, h]."""
     head_dim = value.shape[3] // scores.shape[4]
-    sizes = (*scores.shape, head_dim, *windows.kernel_size, windows.stride, windows.padding)
+    window = *windows.kernel_size, windows.stride, windows.padding
+    sizes = (*scores.shape, head_dim, *window, TRANSFORMS)
     inputs = scores, value, rel_pos_bias, query_weight
     call = Call(LIBRARY, "qna", sizes, inputs, backward)
     return call, call.arguments(0 if query_weight is None else query_weight.shape[0])

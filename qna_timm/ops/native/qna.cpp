@@ -11,20 +11,26 @@
 
 #include "qna/backward.h"
 #include "qna/forward.h"
+#include "qna/fourier_backward.h"
+#include "qna/fourier_forward.h"
 
 namespace qna {
 
 // To be raised with every change, here and in qna_native.py: an installation in place may hold an
 // older library.
-constexpr int64_t VERSION = 4;
+constexpr int64_t VERSION = 5;
 // Sum of |gradient of scores| below so much of the sum of |mean| that it is the difference of:
 // windows have one token of nearly all their weight there, and rounding is all that is left.
 constexpr float LEAST_DIFFERENCE = 1e-3f;
+// Of a window for which transforms are worth a thought.
+constexpr int64_t FEWEST_OFFSETS = 16;
 
 // The caller's memory in parts: what all tasks share, then what a thread has of its own.
 struct Memory {
     float *tables, *ranges, *low, *high, *stats, *partials, *means, *differences, *own;
-    int8_t *exact, *again;
+    int8_t *exact, *direct, *again;
+    float *fourier;
+    bool by_transforms;
     int threads;
     int64_t own_floats, floats;
 
@@ -38,6 +44,7 @@ struct Memory {
         low = from.take(p.batch * p.pairs);
         high = from.take(p.batch * p.pairs);
         exact = reinterpret_cast<int8_t *>(from.take(p.batch * p.pairs));
+        direct = reinterpret_cast<int8_t *>(from.take(p.batch * p.heads));
         again = reinterpret_cast<int8_t *>(from.take(p.batch * p.heads));
         const int64_t window_bands = backward ? p.batch * p.window_bands.count : 0;
         const int64_t token_bands = backward ? p.batch * p.token_bands.count : 0;
@@ -47,6 +54,14 @@ struct Memory {
         differences = from.take(token_bands * p.pairs);
         own_floats = rounded_up(backward ? p.backward_floats() : p.forward_floats());
         own = from.take(threads * own_floats);
+        by_transforms = p.transforms == ALWAYS;
+        if (p.transforms == WHERE_FASTER && p.offsets >= FEWEST_OFFSETS) {
+            by_transforms = Fourier(p, backward, most_threads, nullptr).is_faster(backward);
+        }
+        fourier = nullptr;
+        if (by_transforms) {
+            fourier = from.take(Fourier(p, backward, most_threads, nullptr).floats);
+        }
         floats = from.floats;
     }
 
@@ -72,41 +87,57 @@ static float over_bands(const Problem &p, const float *sums, const Bands &bands,
     return total;
 }
 
-// Which heads of which images must be computed again, with maxima of their own for all windows.
+// Which heads of images, of those that were computed directly, must be so again, with maxima of
+// their own for all windows.
 static bool look_again(const Problem &p, const Memory &memory, const Shared &shared) {
     bool any = false;
     std::fill(memory.again, memory.again + p.batch * p.heads, int8_t(0));
-    for (int64_t image = 0; image < p.batch; image++) {
-        for (int64_t pair = 0; pair < p.pairs; pair++) {
-            const float left = over_bands(p, memory.differences, p.token_bands, image, pair);
-            const float of = over_bands(p, memory.means, p.window_bands, image, pair);
-            int8_t &exact = shared.exact[image * p.pairs + pair];
-            if (exact || !(left < LEAST_DIFFERENCE * of)) continue;
-            exact = memory.again[image * p.heads + pair % p.heads] = 1;
-            any = true;
-        }
+    for (int64_t i = 0; i < p.batch * p.pairs; i++) {
+        const int64_t image = i / p.pairs, pair = i % p.pairs;
+        const int64_t head = image * p.heads + pair % p.heads;
+        if (shared.exact[i] || !memory.direct[head]) continue;
+        const float left = over_bands(p, memory.differences, p.token_bands, image, pair);
+        const float of = over_bands(p, memory.means, p.window_bands, image, pair);
+        if (!(left < LEAST_DIFFERENCE * of)) continue;
+        shared.exact[i] = memory.again[head] = 1;
+        any = true;
     }
     return any;
 }
 
-static void add_partials(const Problem &p, const float *partials, const Gradients &out) {
+// Gradients of tables of the heads that were computed directly.
+static void add_partials(const Problem &p, const Memory &memory, const Gradients &out) {
     const int64_t table = p.offsets * p.pairs;
-    std::fill(out.bias, out.bias + table, 0.0f);
-    std::fill(out.weight, out.weight + table, 0.0f);
-    for (int64_t i = 0; i < p.batch * p.token_bands.count; i++, partials += 2 * table) {
+    const auto each = [&](auto run) {
         for (int64_t n = 0; n < table; n++) {
+            if (memory.direct[n % p.heads]) run(n);
+        }
+    };
+    each([&](int64_t n) { out.bias[n] = out.weight[n] = 0.0f; });
+    const float *partials = memory.partials;
+    for (int64_t i = 0; i < p.batch * p.token_bands.count; i++, partials += 2 * table) {
+        each([&](int64_t n) {
             out.bias[n] += partials[n];
             out.weight[n] += partials[table + n];
-        }
+        });
     }
+}
+
+// Marks the heads of images that transforms do not serve; returns how many there are.
+template <class Run> static int64_t mark_direct(const Problem &p, const Memory &memory, Run run) {
+    int8_t *end = memory.direct + p.batch * p.heads;
+    std::fill(memory.direct, end, int8_t(1));
+    if (memory.by_transforms) run();
+    return std::count(memory.direct, end, int8_t(1));
 }
 
 }  // namespace qna
 
 // Sizes: batch, height, width, queries, heads, channels of a head, kernel height and width, stride,
-// padding. Maps are contiguous: scores [batch, height, width, queries, heads], value and gradients
-// [batch, height, width, heads * channels], bias [offsets, queries, heads] or null, weight the same
-// or of one row. `memory` has `qna_floats` numbers.
+// padding, and one of `Transforms`. Maps are contiguous: scores [batch, height, width, queries,
+// heads], value and gradients [batch, height, width, heads * channels], bias [offsets, queries,
+// heads] or null, weight the same or of one row. `memory` has `qna_floats` numbers. What computes
+// returns how many heads of images it computed directly.
 extern "C" {
 
 int64_t qna_version() { return qna::VERSION; }
@@ -115,22 +146,28 @@ int64_t qna_floats(const int64_t *sizes, int backward, int threads) {
     return qna::Memory(qna::Problem(sizes), backward, threads, nullptr).floats;
 }
 
-void qna_forward(const int64_t *sizes, const float *scores, const float *value, const float *bias,
-                 const float *weight, int64_t weight_rows, float *memory, int threads, float *out) {
+int64_t qna_forward(const int64_t *sizes, const float *scores, const float *value,
+                    const float *bias, const float *weight, int64_t weight_rows, float *memory,
+                    int threads, float *out) {
     using namespace qna;
     const Problem p(sizes);
     const Inputs in{scores, value, bias, weight, weight_rows};
     const Memory own(p, false, threads, memory);
     const Shared shared = prepare(p, in, own);
-    each_task(p, p.window_bands, p.rows, own.threads, nullptr, [&](const Task &task) {
+    const int64_t left = mark_direct(p, own, [&] {
+        forward_by_transforms(Fourier(p, false, threads, own.fourier), in, shared, out, own.direct);
+    });
+    if (!left) return 0;
+    each_task(p, p.window_bands, p.rows, own.threads, own.direct, [&](const Task &task) {
         forward_task(p, in, shared, task, own.of_thread(task.thread), out);
     });
+    return left;
 }
 
-void qna_backward(const int64_t *sizes, const float *grad, const float *scores, const float *value,
-                  const float *bias, const float *weight, int64_t weight_rows, float *memory,
-                  int threads, float *grad_scores, float *grad_value, float *grad_bias,
-                  float *grad_weight) {
+int64_t qna_backward(const int64_t *sizes, const float *grad, const float *scores,
+                     const float *value, const float *bias, const float *weight,
+                     int64_t weight_rows, float *memory, int threads, float *grad_scores,
+                     float *grad_value, float *grad_bias, float *grad_weight) {
     using namespace qna;
     const Problem p(sizes);
     const Inputs in{scores, value, bias, weight, weight_rows};
@@ -138,6 +175,11 @@ void qna_backward(const int64_t *sizes, const float *grad, const float *scores, 
     const Shared shared = prepare(p, in, own);
     const Gradients out{grad_scores, grad_value, grad_bias, grad_weight};
     const Stats stats{own.stats};
+    const int64_t left = mark_direct(p, own, [&] {
+        const Fourier fourier(p, true, threads, own.fourier);
+        backward_by_transforms(fourier, in, shared, grad, out, own.direct);
+    });
+    if (!left) return 0;
     const auto find = [&](const int8_t *wanted) {
         each_task(p, p.window_bands, p.rows, own.threads, wanted, [&](const Task &task) {
             measure_task(p, in, shared, task, grad, stats, own.of_thread(task.thread),
@@ -149,9 +191,10 @@ void qna_backward(const int64_t *sizes, const float *grad, const float *scores, 
                         own.differences + task.band * p.pairs);
         });
     };
-    find(nullptr);
+    find(own.direct);
     if (look_again(p, own, shared)) find(own.again);
-    add_partials(p, own.partials, out);
+    add_partials(p, own, out);
+    return left;
 }
 
 }  // extern "C"

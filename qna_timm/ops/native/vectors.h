@@ -26,10 +26,25 @@ inline Vec load(const float *from) {
 
 inline void store(float *to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
+// Some, or all, numbers of a vector.
+inline Vec load_some(const float *from, int64_t count) {
+    if (count >= LANES) return load(from);
+    Vec v = Vec{};
+    std::memcpy(&v, from, 4 * count);
+    return v;
+}
+
+inline void store_some(float *to, Vec v, int64_t count) {
+    count >= LANES ? store(to, v) : (void)std::memcpy(to, &v, 4 * count);
+}
+
 inline Vec splat(float x) { return x + Vec{}; }
 
 // A NaN in `b` is passed over: maxima are shifts only, and it comes back with its exponential.
 inline Vec larger(Vec a, Vec b) { return b > a ? b : a; }
+
+// The larger one, but what is no number stays.
+inline Vec larger_or_none(Vec a, Vec b) { return (a >= b) | (a != a) ? a : b; }
 
 inline Vec magnitude(Vec v) { return v < 0.0f ? -v : v; }
 

@@ -17,6 +17,9 @@ constexpr int64_t GROUP_CHANNELS = 64;
 // Of a head.
 constexpr int MOST_CHANNELS = 64;
 
+// Whether windows' sums come from Fourier transforms, as far as these are exact enough.
+enum Transforms { NEVER, WHERE_FASTER, ALWAYS };
+
 // What is known of a window before gradients.
 enum Stat { INVERSE, MEAN, SHIFT, TOP, STATS };
 
@@ -24,6 +27,7 @@ enum Stat { INVERSE, MEAN, SHIFT, TOP, STATS };
 // phase u % stride, so that neighbouring windows find their tokens side by side.
 struct Problem {
     int64_t batch, height, width, queries, heads, dim, kernel_h, kernel_w, stride, padding;
+    int64_t transforms;  // of `Transforms`
     int64_t rows, cols, offsets, pairs, channels;
     // Places before the first window of a row of windows with margins; of tokens, from place
     // padding / stride on; of windows; and of rows of tokens and of windows with margins.
@@ -34,6 +38,7 @@ struct Problem {
     explicit Problem(const int64_t *n)
         : batch(n[0]), height(n[1]), width(n[2]), queries(n[3]), heads(n[4]), dim(n[5]),
           kernel_h(n[6]), kernel_w(n[7]), stride(n[8]), padding(n[9]),
+          transforms(n[10]),
           rows((height + 2 * padding - kernel_h) / stride + 1),
           cols((width + 2 * padding - kernel_w) / stride + 1), offsets(kernel_h * kernel_w),
           pairs(queries * heads), channels(heads * dim), lead((kernel_w - 1) / stride),
