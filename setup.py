@@ -3,6 +3,7 @@
 They are optional: where one does not compile, the package is installed without it.
 """
 
+import os
 from glob import glob
 
 from setuptools import Extension, setup
@@ -18,6 +19,8 @@ FLAGS = {
 COMMON = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
 setup(
+    # as many compilers at once as there are processors
+    options={"build_ext": {"parallel": os.cpu_count() or 1}},
     ext_modules=[
         Extension(
             f"{FOLDER.replace('/', '.')}.{name}_{kind}",
@@ -29,5 +32,5 @@ setup(
         )
         for name in ("qna", "span")
         for kind, flags in FLAGS.items()
-    ]
+    ],
 )

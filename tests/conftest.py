@@ -1,11 +1,17 @@
 """Fixtures of all tests."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 import torch
 from ladders import compiled_for, needs_native, without_native
 from timm.layers import is_fast_norm, set_fast_norm
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection have made stays: no use in looking for garbage among it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -172,7 +172,25 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(qna_triton_problem, "TENSOR_CORE_OFFSETS", offsets)
 
 
-@pytest.mark.parametrize("scale", [30.0, 1e4])  # within and beyond what a tile's peak can serve
+def each_once(*pairs: tuple) -> list:
+    """Cases of a kernel and something else: marked where both have another case."""
+    seen: set = set()
+    cases = []
+    for pair in pairs:
+        marks = [pytest.mark.thorough] * seen.issuperset(pair)
+        cases.append(pytest.param(*pair, marks=marks))
+        seen.update(pair)
+    return cases
+
+
+# scores within and beyond what a tile's peak can serve
+@pytest.mark.parametrize(
+    ("form", "scale"),
+    each_once(
+        ("cuda-cores", 30.0), ("tensor-cores", 1e4), ("cuda-cores", 1e4), ("tensor-cores", 30.0)
+    ),
+    indirect=["form"],
+)
 def test_large_scores(scale: float, form: None) -> None:
     tensors, args = make_inputs("small-map")
     tower(tensors, scale)
@@ -246,7 +264,17 @@ def in_low_precision(
     return (attn.unsqueeze(5) * value.unsqueeze(3)).sum(dim=-1).sum(dim=3).flatten(3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    each_once(
+        ("cuda-cores", torch.float16),
+        ("tensor-cores", torch.bfloat16),
+        ("cuda-cores", torch.bfloat16),
+        ("tensor-cores", torch.float16),
+    ),
+    indirect=["form"],
+    ids=str,
+)
 def test_low_precision(dtype: torch.dtype, form: None) -> None:
     """At most twice the error of the formula in that type, and its rounding: mean and maximum."""
     tensors, args = make_inputs("odd-map")

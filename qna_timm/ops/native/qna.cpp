@@ -4,7 +4,8 @@
 //     out[y]    = sum_o (sum_q weight_q[o] a_q[y, o]) value[y+o]
 //
 // A head at a time: its tokens are laid out as planes, in which a shift by one token is a shift of
-// an address, and neighbouring tokens of a row are computed side by side in one vector.
+// an address, and neighbouring tokens of a row are computed side by side in one vector. Of wide
+// windows both sums come from Fourier transforms, where these are exact enough for a head.
 //
 // Threads are those of the OpenMP runtime that PyTorch has loaded. This library is linked to none:
 // two runtimes would compete for the processors.
