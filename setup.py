@@ -3,10 +3,12 @@
 They are optional: where one does not compile, the package is installed without it.
 """
 
+import copy
 import os
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 FOLDER = "qna_timm/ops/native"
 # Of the instruction sets that PyTorch tells apart; the last compiles for any processor.
@@ -18,8 +20,18 @@ FLAGS = {
 # OpenMP at compilation only: its functions are those of the runtime that PyTorch has loaded.
 COMMON = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
+
+class BuildLibraries(build_ext):
+    """Compilers side by side: kinds of a library have one source, and objects of their own."""
+
+    def build_extension(self, ext: Extension) -> None:
+        own = copy.copy(self)
+        own.build_temp = os.path.join(self.build_temp, ext.name)
+        build_ext.build_extension(own, ext)
+
+
 setup(
-    # as many compilers at once as there are processors
+    cmdclass={"build_ext": BuildLibraries},
     options={"build_ext": {"parallel": os.cpu_count() or 1}},
     ext_modules=[
         Extension(

@@ -1,5 +1,6 @@
 """Compiled functions: right for every shape and instruction set, within their memory, optional."""
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -24,6 +25,7 @@ from qna_timm.ops import (
     qna_native,
     span_native,
 )
+from qna_timm.ops.qna_windows import Windows
 
 ROOT = Path(__file__).parent.parent
 # H, W, queries, heads, head_dim, kernel, stride, padding: vectors, bands and groups of heads that
@@ -51,6 +53,7 @@ WIDE_SIZES = {
     "stride": (41, 39, 4, 2, 8, (15, 13), 2, 6),
     "no-padding": (40, 33, 2, 2, 6, (13, 13), 1, 0),
     "window-over-map": (9, 8, 2, 2, 16, (17, 17), 1, 8),
+    "unseen-tokens": (42, 44, 2, 2, 8, (15, 15), 2, 0),
 }
 SIZES_AND_WAYS = [(size, qna_native.NEVER) for size in SIZES] + [
     (size, qna_native.ALWAYS) for size in [*SIZES, *WIDE_SIZES]
@@ -133,6 +136,53 @@ def test_transforms_where_they_are_faster(
     tables = [torch.randn(kernel**2, 2, 8) * 0.2 for _ in range(2)]
     run([*tensors, *tables], ((kernel, kernel), stride, kernel // 2))
     assert computed_directly == dict(zip(("forward", "backward"), heads_left, strict=True))
+
+
+@pytest.mark.parametrize("tables", ["no-bias", "no-weight", "one-row", "none"])
+def test_tables_by_transforms(
+    tables: str, monkeypatch: pytest.MonkeyPatch, computed_directly: dict[str, int]
+) -> None:
+    monkeypatch.setattr(qna_native, "TRANSFORMS", qna_native.ALWAYS)
+    (scores, value, bias, weight), args = problem("one-tile", 0.5)
+    bias = bias if tables in ("no-weight", "one-row") else None
+    weight = {"no-bias": weight, "one-row": weight[:1]}.get(tables)
+    given = [x for x in (scores, value, bias, weight) if x is not None]
+
+    def results(kind: torch.dtype, impl: str) -> list[Tensor]:
+        leaves = [x.to(kind).requires_grad_() for x in given]
+        rest = iter(leaves[2:])
+        own = [None if x is None else next(rest) for x in (bias, weight)]
+        out = qna_attention(*leaves[:2], *own, *args, impl)
+        direction = torch.linspace(-1, 1, out.numel(), dtype=kind).view_as(out)
+        return [out.detach(), *torch.autograd.grad(out, leaves, direction)]
+
+    found, wanted = results(torch.float32, "native"), results(torch.float64, "auto")
+    assert error(found[0], wanted[0]) < 1e-5
+    for f, w in zip(found[1:], wanted[1:], strict=True):
+        assert (f.double() - w).norm() <= 1e-4 * w.norm()
+    assert computed_directly == {"forward": 0, "backward": 0}
+
+
+def test_queries_that_cancel_by_transforms(
+    monkeypatch: pytest.MonkeyPatch, computed_directly: dict[str, int]
+) -> None:
+    """What is left of two sums is small beside errors of both: nothing wrong is kept."""
+    monkeypatch.setattr(qna_native, "TRANSFORMS", qna_native.ALWAYS)
+    gen = torch.Generator().manual_seed(0)
+    left = []
+    for rest in (1.0, 0.06, 1e-3, 1e-5):
+        scores = torch.randn(1, 40, 40, 1, 1, generator=gen).expand(1, 40, 40, 2, 1).clone()
+        scores[:, 20, 20] += 6.9
+        scores[:, :, :, 1] += 0.01 * torch.randn(1, 40, 40, 1, generator=gen)
+        weight = torch.tensor([1.0, rest - 1.0]).view(1, 2, 1)
+        value = torch.ones(1, 40, 40, 4)
+        value[:, 20, 20] = 0
+        tensors, args = [scores, value, None, weight], ((15, 15), 1, 7)
+        found = qna_attention(*tensors, *args, "native")
+        wanted = qna_attention(*(t if t is None else t.double() for t in tensors), *args, "exact")
+        left.append(computed_directly["forward"])
+        assert left[-1] == 1 or error(found, wanted) < 1e-4
+    assert left[0] == 0 and left[-1] == 1
 
 
 @pytest.mark.parametrize("kind", ["spread", "tower", "smooth", "bias"])
@@ -235,6 +285,18 @@ def test_compiled_where_there_is_a_compiler() -> None:
     assert (qna_native.LIBRARY.why_not, span_native.LIBRARY.why_not) == (None, None)
 
 
+@pytest.mark.parametrize("name", ["qna", "span"])
+def test_libraries_are_what_they_are_called(name: str, capability: str) -> None:
+    """Compilers that run side by side do not take each other's objects."""
+    lanes = {"AVX512": 16, "AVX2": 8, "DEFAULT": 4}[capability]
+    library = native.load_library(
+        name,
+        {"qna": qna_native, "span": span_native}[name].VERSION,
+        {f"{name}_lanes": ([], ctypes.c_int64)},
+    )
+    assert library.functions[f"{name}_lanes"]() == lanes
+
+
 def test_the_best_of_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_native()
     find = importlib.util.find_spec
@@ -276,13 +338,17 @@ def test_gradients_of_any_size_over_wide_ranges(
 
 
 def test_a_batch_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of many images at once and of a few at a time."""
+    """Many images at once and a few at a time; none."""
     needs_native()
-    tensors, args = problem("bands")
+    tensors, args = problem("one-tile")
     wanted = run(tensors, args)
     monkeypatch.setattr(qna_attn, "NATIVE_NUMBERS", 1)
     for found, other in zip(run(tensors, args), wanted, strict=True):
         torch.testing.assert_close(found, other)
+    nothing = [tensors[0][:0], tensors[1][:0], *tensors[2:]]
+    assert all(not x.any() for x in run(nothing, args))
+    grads = qna_native.native_backward(nothing[1], *nothing, Windows(*args))
+    assert not grads[2].any() and not grads[3].any()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-16, 1e16, 1e30])

@@ -22,7 +22,7 @@ from qna_timm.ops.qna_windows import Windows, check_problem
 CPU_NUMBERS = 2**20
 GPU_NUMBERS = 2**27
 GPU_BYTES = 16 * 40
-# The same for compiled functions, which see to caches themselves: some 50 MiB in backward.
+# The same for compiled functions, which see to caches themselves: some 50 MiB.
 NATIVE_NUMBERS = 2**24
 # Offsets of a window from which Fourier transforms take less time than convolutions, and where
 # convolutions without gradients are faster for longer.
@@ -108,7 +108,8 @@ class Problem:
     def parts(self) -> Iterator[slice]:
         """Images to compute at a time."""
         batch, height, width, channels = self.value.shape
-        numbers = max(1, height * width * channels * self.scores.shape[3])
+        tokens = max(height * width, self.windows.num_offsets)
+        numbers = max(1, tokens * channels * self.scores.shape[3])
         step = max(1, self._most_numbers() // numbers)
         for start in range(0, batch, step):
             yield slice(start, min(start + step, batch))
@@ -203,9 +204,14 @@ def forward(
 ) -> Tensor:
     """[B, Y, X, C] in value's dtype; arguments as in `Problem`."""
     problem = Problem(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding, impl)
+    shape = (value.shape[0], *problem.out_size, value.shape[3])
     if problem.is_native:
-        return native_forward(scores, value, *problem.parameters, problem.windows).to(value.dtype)
-    out = value.new_empty(value.shape[0], *problem.out_size, value.shape[3])
+        out = scores.new_empty(shape)
+        for images in problem.parts():
+            maps = scores[images], value[images]
+            native_forward(*maps, *problem.parameters, problem.windows, out[images])
+        return out.to(value.dtype)
+    out = value.new_empty(shape)
     by_head = out.unflatten(3, (scores.shape[4], -1))
     with problem:
         for images in problem.parts():

@@ -67,10 +67,12 @@ def native_forward(
     rel_pos_bias: Tensor | None,
     query_weight: Tensor | None,
     windows: Windows,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """[B, Y, X, C] in float32; arguments as in `_call`."""
+    """[B, Y, X, C] in float32, in `out` where given; arguments as in `_call`."""
     call, arguments = _call(scores, value, rel_pos_bias, query_weight, windows, False)
-    out = scores.new_empty(len(scores), *windows.out_size(*scores.shape[1:3]), value.shape[3])
+    if out is None:
+        out = scores.new_empty(len(scores), *windows.out_size(*scores.shape[1:3]), value.shape[3])
     LIBRARY.functions["qna_forward"](call.sizes, *arguments, address(out))
     call.work.release()
     return out

@@ -187,7 +187,7 @@ def test_row_is_validated_as_its_recipe_says(tmp_path):
     "script, row, known, mode",
     [
         ("qna_table.sh", "qna_vit_tiny", r"81\.7", "train"),
-        ("qna_table.sh", "qna_vit_tiny", r"81\.7", "eval"),
+        pytest.param("qna_table.sh", "qna_vit_tiny", r"81\.7", "eval", marks=pytest.mark.thorough),
         ("gramian_table.sh", "ga_vit_small", r"80\.9", "train"),
         ("gramian_ablation.sh", "ablation_vit_small_branches1_lam0.8", r"78\.2", "eval"),
         # validates what it has trained

@@ -47,6 +47,13 @@ struct Memory {
         exact = reinterpret_cast<int8_t *>(from.take(p.batch * p.pairs));
         direct = reinterpret_cast<int8_t *>(from.take(p.batch * p.heads));
         again = reinterpret_cast<int8_t *>(from.take(p.batch * p.heads));
+        by_transforms = p.transforms == ALWAYS;
+        if (p.transforms == WHERE_FASTER && p.offsets >= FEWEST_OFFSETS) {
+            by_transforms = Fourier(p, backward, most_threads, nullptr).is_faster(backward);
+        }
+        // what transforms leave is computed in their memory, after them
+        Parts transforms = from;
+        fourier = transforms.take(0);
         const int64_t window_bands = backward ? p.batch * p.window_bands.count : 0;
         const int64_t token_bands = backward ? p.batch * p.token_bands.count : 0;
         stats = from.take(backward ? p.batch * p.pairs * STATS * p.stat_map() : 0);
@@ -55,15 +62,11 @@ struct Memory {
         differences = from.take(token_bands * p.pairs);
         own_floats = rounded_up(backward ? p.backward_floats() : p.forward_floats());
         own = from.take(threads * own_floats);
-        by_transforms = p.transforms == ALWAYS;
-        if (p.transforms == WHERE_FASTER && p.offsets >= FEWEST_OFFSETS) {
-            by_transforms = Fourier(p, backward, most_threads, nullptr).is_faster(backward);
-        }
-        fourier = nullptr;
-        if (by_transforms) {
-            fourier = from.take(Fourier(p, backward, most_threads, nullptr).floats);
-        }
         floats = from.floats;
+        if (by_transforms) {
+            transforms.take(Fourier(p, backward, most_threads, nullptr).floats);
+            floats = std::max(floats, transforms.floats);
+        }
     }
 
     float *of_thread(int thread) const { return own + thread * own_floats; }
@@ -128,7 +131,7 @@ static void add_partials(const Problem &p, const Memory &memory, const Gradients
 template <class Run> static int64_t mark_direct(const Problem &p, const Memory &memory, Run run) {
     int8_t *end = memory.direct + p.batch * p.heads;
     std::fill(memory.direct, end, int8_t(1));
-    if (memory.by_transforms) run();
+    if (memory.by_transforms && p.batch) run();
     return std::count(memory.direct, end, int8_t(1));
 }
 
@@ -142,6 +145,9 @@ template <class Run> static int64_t mark_direct(const Problem &p, const Memory &
 extern "C" {
 
 int64_t qna_version() { return qna::VERSION; }
+
+// Of a vector, by which tests know what a library was compiled for.
+int64_t qna_lanes() { return LANES; }
 
 int64_t qna_floats(const int64_t *sizes, int backward, int threads) {
     return qna::Memory(qna::Problem(sizes), backward, threads, nullptr).floats;
@@ -176,6 +182,8 @@ int64_t qna_backward(const int64_t *sizes, const float *grad, const float *score
     const Shared shared = prepare(p, in, own);
     const Gradients out{grad_scores, grad_value, grad_bias, grad_weight};
     const Stats stats{own.stats};
+    std::fill(grad_bias, grad_bias + p.offsets * p.pairs, 0.0f);
+    std::fill(grad_weight, grad_weight + p.offsets * p.pairs, 0.0f);
     const int64_t left = mark_direct(p, own, [&] {
         const Fourier fourier(p, true, threads, own.fourier);
         backward_by_transforms(fourier, in, shared, grad, out, own.direct);

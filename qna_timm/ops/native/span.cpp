@@ -72,6 +72,9 @@ extern "C" {
 
 int64_t span_version() { return span::VERSION; }
 
+// Of a vector, by which tests know what a library was compiled for.
+int64_t span_lanes() { return LANES; }
+
 int64_t span_floats(const int64_t *sizes, int backward, int threads) {
     return span::Memory(span::Problem(sizes), backward, threads, nullptr).floats;
 }

@@ -15,8 +15,8 @@ struct Complex {
     Vec re, im;
 };
 
-// The same one for all sequences.
-struct Number {
+// A complex number that all sequences share.
+struct Scalar {
     float re, im;
 };
 
@@ -26,11 +26,11 @@ inline Complex operator*(Complex a, Complex b) {
     return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
 inline Complex operator*(Complex a, float b) { return {a.re * b, a.im * b}; }
-inline Complex operator*(Complex a, Number b) {
+inline Complex operator*(Complex a, Scalar b) {
     return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
 inline Complex conjugate(Complex a) { return {a.re, -a.im}; }
-inline Number conjugate(Number a) { return {a.re, -a.im}; }
+inline Scalar conjugate(Scalar a) { return {a.re, -a.im}; }
 // a + ib and a - ib, i the imaginary unit.
 inline Complex plus_turned(Complex a, Complex b) { return {a.re - b.im, a.im + b.re}; }
 inline Complex minus_turned(Complex a, Complex b) { return {a.re + b.im, a.im - b.re}; }
@@ -146,7 +146,7 @@ struct Plan {
         }
     }
 
-    static int64_t floats(int64_t length) { return 4 * length; }
+    static int64_t floats(int64_t length) { return 2 * length; }
 
   private:
     static float *make_roots(int64_t n, int64_t factor, float *to) {
@@ -184,7 +184,7 @@ void pass(int64_t n, int64_t step, const float *roots, const Complex *from, Comp
             own[0] = placed(x[0]);
             for (int k = 1; k < R; k++) {
                 const float re = roots[2 * k - 2], im = roots[2 * k - 1];
-                own[step * k] = placed(x[k] * Number{re, im});
+                own[step * k] = placed(x[k] * Scalar{re, im});
             }
         }
     }

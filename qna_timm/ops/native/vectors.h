@@ -35,7 +35,8 @@ inline Vec load_some(const float *from, int64_t count) {
 }
 
 inline void store_some(float *to, Vec v, int64_t count) {
-    count >= LANES ? store(to, v) : (void)std::memcpy(to, &v, 4 * count);
+    if (count >= LANES) return store(to, v);
+    std::memcpy(to, &v, 4 * count);
 }
 
 inline Vec splat(float x) { return x + Vec{}; }

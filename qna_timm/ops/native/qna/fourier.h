@@ -85,6 +85,7 @@ struct Grid {
         const double of_columns = 2.0 * double(spectrum * Passes(down.length).cost());
         return double(tiles) * (of_rows + of_columns);
     }
+    bool sees_all() const { return down.sees_all() && across.sees_all(); }
     int64_t points() const { return down.length * across.length; }
     // Error of a sum over the norms of its map and table: a random walk of log2(points) roundings,
     // spread evenly over the points.
@@ -103,14 +104,13 @@ struct Sheets {
     Complex *a, *b, *c, *d;            // sequences
     Complex *plane, *grads = nullptr;  // maps, as they are transformed
     Complex *products = nullptr;       // a spectrum for each query
-    Vec *row, *tokens, *windows;       // a vector for each of a row, and of a tile
-    Vec *more_tokens = nullptr, *more_windows = nullptr;
+    Vec *tokens, *windows;             // a vector for each of a tile
+    Vec *more_tokens = nullptr, *more_windows = nullptr, *row = nullptr;
 
     Sheets(const Problem &p, const Grid &grid, bool backward, Parts &from) {
         const int64_t length = std::max(grid.down.length, grid.across.length);
         for (Complex **sequence : {&a, &b, &c, &d}) *sequence = take_complex(from, length);
         plane = take_complex(from, grid.half * grid.column);
-        row = from.take_vectors(grid.across.length);
         tokens = from.take_vectors(grid.most_tokens());
         windows = from.take_vectors(grid.most_windows());
         if (!backward) return;
@@ -118,6 +118,7 @@ struct Sheets {
         products = take_complex(from, p.queries * grid.spectrum);
         more_tokens = from.take_vectors(grid.most_tokens());
         more_windows = from.take_vectors(grid.most_windows());
+        row = from.take_vectors(grid.across.length);
     }
 };
 

@@ -104,13 +104,13 @@ void gather_rows(const Fourier &f, const Desk &at, const Tile &tile, const Query
 // Adds to gradients of a tile what comes from N of one query.
 template <int HEADS>
 void gather_query(const Fourier &f, const Desk &at, const Tile &tile, const Query &of,
-                  const Lanes &lanes, int64_t pair, Sizes *sizes) {
+                  const Lanes &lanes, int64_t pair, Magnitudes *magnitudes) {
     const auto [weighted, attn] = transform_weighted<HEADS>(f, at, tile, of.attn, lanes);
     const Vec grads = transform_grads<HEADS>(f, at, tile, of.inverse, lanes);
     filter_back<true>(at, tile, Above<HEADS>(f, pair, lanes), of.products);
     gather_rows<HEADS>(f, at, tile, of, lanes);
     for (int64_t n = 0; n < lanes.count; n++) {
-        Sizes &own = sizes[lanes.own[n]];
+        Magnitudes &own = magnitudes[lanes.own[n]];
         own.weighted += weighted[n];
         own.grads += grads[n];
         own.weighted_grads += double(weighted[n]) * grads[n];
@@ -144,7 +144,7 @@ void gather_image(const Fourier &f, const Desk &at, const Inputs &in, const floa
         for (int64_t query = 0; query < p.queries; query++) {
             const int64_t pair = f.pair(group, query);
             gather_query<HEADS>(f, at, tile, Query(f, at, image, group, query), lanes, pair,
-                                f.sizes + image * p.pairs + pair);
+                                f.magnitudes + image * p.pairs + pair);
         }
         each_place(p, tile.tokens, lanes, [&](int64_t place, int64_t i) {
             store_some(out + place, at.more_tokens[i], lanes.count);
@@ -198,7 +198,7 @@ void gather_group(const Fourier &f, const Desk &at, const Inputs &in, const floa
 
 // Begins an image's gradients of scores with what comes from D, for a pack's pairs.
 inline void gather_below(const Fourier &f, const Desk &at, int64_t image, int64_t pack,
-                         Sizes *sizes, float *out) {
+                         Magnitudes *magnitudes, float *out) {
     const Problem &p = f.p;
     const int64_t count = std::min<int64_t>(LANES, p.pairs - pack * LANES);
     const Complex *below = f.below + pack * f.grid.spectrum;
@@ -214,7 +214,7 @@ inline void gather_below(const Fourier &f, const Desk &at, int64_t image, int64_
                        rows_of(at.tokens, tile.tokens, attn));
         transform_rows(at, down.windows, across.windows, at.grads,
                        rows_of(at.windows, tile.windows, grads));
-        for (int64_t n = 0; n < count; n++) sizes[n].attn_below += double(attn[n]) * grads[n];
+        for (int64_t n = 0; n < count; n++) magnitudes[n].attn_below += double(attn[n]) * grads[n];
         filter_back<false>(at, tile, [=](int64_t n) { return below[n]; }, at.products);
         transform_rows_back(at, down.tokens, across.tokens, at.grads, [&](int64_t r, auto sums) {
             const Vec *e = at.tokens + r * tile.tokens.cols;
@@ -231,9 +231,9 @@ inline void gather_scores(const Fourier &f, const Desk &at, int64_t image, int64
                           float *out) {
     const Problem &p = f.p;
     const int64_t first = pack * LANES, count = std::min<int64_t>(LANES, p.pairs - first);
-    Sizes *sizes = f.sizes + image * p.pairs + first;
+    Magnitudes *magnitudes = f.magnitudes + image * p.pairs + first;
     out += image * p.height * p.width * p.pairs + first;
-    gather_below(f, at, image, pack, sizes, out);
+    gather_below(f, at, image, pack, magnitudes, out);
     Vec by_value = Vec{}, by_total = Vec{}, total = Vec{};
     f.grid.each_row(p, [&](const Area &row) {
         get_pack(f.attn, image, pack, row, at.tokens);
@@ -249,9 +249,9 @@ inline void gather_scores(const Fourier &f, const Desk &at, int64_t image, int64
         }
     });
     for (int64_t n = 0; n < count; n++) {
-        sizes[n].by_value = by_value[n];
-        sizes[n].by_total = by_total[n];
-        sizes[n].total = total[n];
+        magnitudes[n].by_value = by_value[n];
+        magnitudes[n].by_total = by_total[n];
+        magnitudes[n].total = total[n];
     }
 }
 
@@ -279,8 +279,8 @@ inline void put_tables(const Fourier &f, const Desk &at, const float *products, 
         for (int64_t i = 0; i < length; i++) {
             Complex total = {};
             for (int64_t chunk = 0; chunk < f.chunks; chunk++) {
-                const int64_t at = chunk * f.grid.spectrum + k * length + i;
-                const float *own = products + at * 2 * f.wide + first;
+                const int64_t point = chunk * f.grid.spectrum + k * length + i;
+                const float *own = products + point * 2 * f.wide + first;
                 total = total + Complex{load(own), load(own + f.wide)};
             }
             at.c[i] = total * scale;
@@ -306,14 +306,33 @@ struct Squares {
     }
 };
 
+// Squares of errors of a pair's gradients in an image: of sums of gradients of N with a table of norm
+// 1, of these with e, and of gradients of D. To the rounding of transforms comes that of D, spread
+// evenly over windows too, and in gradients of D that of N.
+struct Errors {
+    double above, values, below;
+
+    Errors(const Fourier &f, const Magnitudes &of, int64_t pair) {
+        const double noise = square(f.grid.noise());
+        const double by_sum = square(of.sum_error / PEAK) / double(f.grid.points());
+        const double by_above = noise * square(f.above_norm[pair] / of.least_sum);
+        above = (noise + by_sum) * of.weighted_grads;
+        values = (noise + by_sum) * of.attn_grads;
+        below = (noise + 4 * by_sum) * of.attn_below +
+                by_above * of.weighted_grads * of.attn / double(f.grid.points());
+    }
+};
+
 // Gradients of a pair's bias and weight from those of its tables, in place, whose errors have the
 // squares `above` and `below`.
-inline void finish_tables(const Fourier &f, const Shared &shared, int64_t pair, double above,
-                          double below, const Gradients &out, Squares &bias, Squares &weight) {
+inline void finish_tables(const Fourier &f, const Inputs &in, const Shared &shared, int64_t pair,
+                          double above, double below, const Gradients &out, Squares &bias,
+                          Squares &weight) {
     const Problem &p = f.p;
     const Head at = {0, pair % p.heads, pair / p.heads, 1};
     const float *table = table_of(p, shared, BELOW, at, 0);
     const float *weights = table_of(p, shared, WEIGHT, at, 0);
+    double one_row = 0, all_rows = 0;
     for (int64_t o = 0; o < p.offsets; o++) {
         float &by_bias = out.bias[o * p.pairs + pair], &by_weight = out.weight[o * p.pairs + pair];
         by_weight *= table[o];
@@ -322,36 +341,36 @@ inline void finish_tables(const Fourier &f, const Shared &shared, int64_t pair, 
         bias.first += square(first);
         bias.second += square(second);
         bias.total += square(by_bias);
-        weight.total += square(by_weight);
         bias.error += above * square(table[o] * weights[o]) + below * square(table[o]);
         weight.error += above * square(table[o]);
+        one_row += by_weight;
+        all_rows += square(by_weight);
     }
+    weight.total += in.weight_rows > 1 ? all_rows : square(one_row);
 }
 
 // Whether errors of all of a head's gradients are small beside them, which this finishes.
 inline bool finish_head(const Fourier &f, const Inputs &in, const Shared &shared, int64_t head,
                         const Gradients &out) {
     const Problem &p = f.p;
-    const double noise = square(f.grid.noise());
     Squares scores, values, bias, weight;
     double all_weighted = 0, all_grads = 0;
     for (int64_t pair = head; pair < p.pairs; pair += p.heads) {
-        const double above_norm = square(f.above_norm[pair]);
-        const double below_norm = square(f.below_norm[pair]);
         double above = 0, below = 0;
         for (int64_t image = 0; image < p.batch; image++) {
-            const Sizes &of = f.sizes[image * p.pairs + pair];
-            above += noise * of.weighted_grads;
-            below += noise * of.attn_below;
-            values.error += noise * of.attn_grads * above_norm;
+            const Magnitudes &of = f.magnitudes[image * p.pairs + pair];
+            const Errors errors(f, of, pair);
+            above += errors.above;
+            below += errors.below;
+            values.error += errors.values * square(f.above_norm[pair]);
             scores.first += of.by_value;
             scores.second += of.by_total;
             scores.total += of.total;
             all_weighted += of.weighted;
             all_grads += of.grads;
         }
-        scores.error += above * above_norm + below * below_norm;
-        finish_tables(f, shared, pair, above, below, out, bias, weight);
+        scores.error += above * square(f.above_norm[pair]) + below * square(f.below_norm[pair]);
+        finish_tables(f, in, shared, pair, above, below, out, bias, weight);
     }
     for (int64_t image = 0; image < p.batch; image++) {
         values.total += f.grad_values[image * p.heads + head];

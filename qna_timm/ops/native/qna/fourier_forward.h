@@ -46,7 +46,7 @@ std::pair<Vec, Vec> transform_weighted(const Fourier &f, const Desk &at, const T
 
 // What the spectrum of channels of a group's heads is multiplied by, from their first pair on.
 template <int HEADS> struct Above {
-    const Number *of;
+    const Scalar *of;
     int64_t spectrum;
     const Lanes &lanes;
 
@@ -63,23 +63,39 @@ template <int HEADS> struct Above {
     }
 };
 
-// Adds what a query finds for channels of a tile's tokens to those of its windows; returns squares of
-// what was transformed.
+// What came of transforms for each channel: squares of what went in, the largest magnitude of N / D.
+struct Found {
+    Vec square, top;
+
+    // The largest of each head; what is no number stays.
+    void put(const Lanes &lanes, Magnitudes *heads) const {
+        for (int64_t n = 0; n < lanes.count; n++) {
+            Magnitudes &of = heads[lanes.own[n]];
+            if (!std::isnan(of.weighted) && !(of.weighted >= square[n])) of.weighted = square[n];
+            of.top = std::max(of.top, top[n]);
+        }
+    }
+};
+
+// Adds what a query finds for channels of a tile's tokens to those of its windows.
 template <int HEADS>
-Vec attend_lanes(const Fourier &f, const Desk &at, const Tile &tile, int64_t image, int64_t pair,
-                 const Lanes &lanes) {
+Found attend_lanes(const Fourier &f, const Desk &at, const Tile &tile, int64_t image, int64_t pair,
+                   const Lanes &lanes) {
     const Area &area = tile.windows;
     const Vec square = transform_weighted<HEADS>(f, at, tile, f.attn.at(image, pair), lanes).first;
     filter(at, tile.down.tokens, at.plane, Above<HEADS>(f, pair, lanes));
+    Vec top = Vec{};
     const auto add = [&](int64_t y, auto sums) {
         const float *inverse = f.inverse.at(image, pair) + area.row(y);
         Vec *to = at.windows + y * area.cols;
         for (int64_t x = 0; x < area.cols; x++) {
-            to[x] += sums(x) * spread<HEADS>(inverse + x, f.inverse.plane, lanes);
+            const Vec own = sums(x) * spread<HEADS>(inverse + x, f.inverse.plane, lanes);
+            top = larger(top, magnitude(own));
+            to[x] += own;
         }
     };
     transform_rows_back(at, tile.down.windows, tile.across.windows, at.plane, add);
-    return square;
+    return {square, top};
 }
 
 template <int HEADS>
@@ -95,12 +111,8 @@ void attend_group(const Fourier &f, const Desk &at, const Inputs &in, int64_t im
         std::fill(at.windows, at.windows + tile.windows.count(), Vec{});
         for (int64_t query = 0; query < p.queries; query++) {
             const int64_t pair = f.pair(group, query);
-            const Vec square = attend_lanes<HEADS>(f, at, tile, image, pair, lanes);
-            Sizes *sizes = f.sizes + image * p.pairs + pair;
-            for (int64_t n = 0; n < lanes.count; n++) {
-                float &most = sizes[lanes.own[n]].weighted;
-                if (!std::isnan(most) && !(most >= square[n])) most = square[n];
-            }
+            attend_lanes<HEADS>(f, at, tile, image, pair, lanes)
+                .put(lanes, f.magnitudes + image * p.pairs + pair);
         }
         Vec top = Vec{};
         each_place(p, tile.windows, lanes, [&](int64_t place, int64_t i) {
@@ -117,17 +129,18 @@ void attend_group(const Fourier &f, const Desk &at, const Inputs &in, int64_t im
     }
 }
 
-// Whether errors of N are small beside a head's output.
+// Whether errors of N and D, of all queries, are small beside a head's output.
 inline bool is_precise(const Fourier &f, int64_t image, int64_t head) {
     const float top = f.tops[image * f.p.heads + head];
+    float error = 0;
     for (int64_t pair = head; pair < f.p.pairs; pair += f.p.heads) {
-        const Sizes &of = f.sizes[image * f.p.pairs + pair];
-        if (of.weighted == 0 && top == 0) continue;
-        const float error = std::sqrt(of.weighted) * f.above_norm[pair] / of.least_sum;
+        const Magnitudes &of = f.magnitudes[image * f.p.pairs + pair];
+        if (of.weighted == 0 && of.top == 0) continue;
         if (!is_sound(of.weighted)) return false;
-        if (!(error * f.grid.noise() * PEAK <= OUT_TOLERANCE * top)) return false;
+        const float norm = std::sqrt(of.weighted) * f.above_norm[pair];
+        error += norm * f.grid.noise() * PEAK / of.least_sum + of.sum_error * of.top;
     }
-    return true;
+    return error <= OUT_TOLERANCE * top;
 }
 
 // Marks heads [batch, heads] that are left to be computed directly.

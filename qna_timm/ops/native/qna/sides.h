@@ -47,6 +47,9 @@ struct Side {
     }
 
     int64_t count() const { return parts(windows, at_once); }
+    bool sees_all() const {
+        return stride <= kernel && (windows - 1) * stride - padding + kernel >= tokens;
+    }
     int64_t most_tokens() const { return std::min(tokens, (at_once - 1) * stride + kernel); }
     Part part(int64_t i) const {
         return part_of(i * at_once, std::min(at_once, windows - i * at_once));

@@ -31,12 +31,14 @@ struct Planes {
     float *at(int64_t image, int64_t pair) const { return numbers + (image * pairs + pair) * plane; }
 };
 
-// What errors of a pair's sums in an image follow from. Squares of norms, which are of a tile: errors
-// do not go beyond it.
-struct Sizes {
-    float attn, least_sum;  // of e, of the largest tile; D
-    float weighted;         // of e value: of the largest tile and channel, in backward all
-    float grads;            // of dN, all
+// What errors of a pair's sums in an image follow from; squares of norms but for the first three. They
+// are of a tile: errors do not go beyond it.
+struct Magnitudes {
+    float least_sum, sum_error;  // D, and how far it may be off there, as a part of it
+    float top;                   // the largest |N / D|
+    float attn;                  // of e, of the largest tile
+    float weighted;              // of e value: of the largest tile and channel, in backward all
+    float grads;                 // of dN, all
     // Sums over tiles and channels of products of two, and of gradients of scores: what comes from N,
     // from D, and both.
     double weighted_grads, attn_grads, attn_below, by_value, by_total, total;
@@ -50,9 +52,9 @@ struct Fourier {
     int threads;
     Planes attn, inverse, slopes, by_score;
     Complex *below;   // of tables, [packs, spectrum]
-    Number *above;    // and of those for N, [pairs, spectrum]
+    Scalar *above;    // and of those for N, [pairs, spectrum]
     float *below_norm, *above_norm, *tops, *grad_values;
-    Sizes *sizes;                          // [batch, pairs]
+    Magnitudes *magnitudes;                  // [batch, pairs]
     float *above_products, *below_products;  // [chunks, spectrum, re and im, wide]
     float *own, *down_roots, *across_roots;
     int64_t own_floats, floats;
@@ -63,24 +65,24 @@ struct Fourier {
           group_heads(std::min(p.heads, std::max<int64_t>(1, LANES / p.dim))),
           groups(parts(p.heads, group_heads)), vectors(parts(group_heads * p.dim, LANES)),
           chunks(parts(p.batch, IMAGES_AT_ONCE)) {
-        threads = needed(most_threads, std::max(p.batch, backward ? chunks : 0) *
-                                           std::max(packs, groups));
+        threads = needed(most_threads, p.batch * std::max(packs, groups));
         Parts from(start);
-        const auto take = [&](int64_t count, bool needed) {
+        const auto planes = [&](int64_t count, bool is_used) {
             const int64_t plane = apart(count);
-            return Planes{from.take(needed ? p.batch * wide * plane : 0), plane, wide};
+            return Planes{from.take(is_used ? p.batch * wide * plane : 0), plane, wide};
         };
-        attn = take(p.height * p.width, true);
-        inverse = take(p.rows * p.cols, true);
-        slopes = take(p.rows * p.cols, backward);
-        by_score = take(p.height * p.width, backward);
+        attn = planes(p.height * p.width, true);
+        inverse = planes(p.rows * p.cols, true);
+        slopes = planes(p.rows * p.cols, backward);
+        by_score = planes(p.height * p.width, backward);
         below = take_complex(from, packs * grid.spectrum);
-        above = reinterpret_cast<Number *>(from.take(2 * p.pairs * grid.spectrum));
+        above = reinterpret_cast<Scalar *>(from.take(2 * p.pairs * grid.spectrum));
         below_norm = from.take(p.pairs);
         above_norm = from.take(p.pairs);
         tops = from.take(p.batch * p.heads);
         grad_values = from.take(p.batch * p.heads);
-        sizes = reinterpret_cast<Sizes *>(from.take(p.batch * p.pairs * sizeof(Sizes) / 4));
+        const int64_t floats_each = sizeof(Magnitudes) / sizeof(float);
+        magnitudes = reinterpret_cast<Magnitudes *>(from.take(p.batch * p.pairs * floats_each));
         const int64_t products = backward ? chunks * grid.spectrum * 2 * wide : 0;
         above_products = from.take(products);
         below_products = from.take(products);
@@ -118,7 +120,7 @@ struct Fourier {
     int64_t pair(const Group &group, int64_t query) const { return query * p.heads + group.head; }
 };
 
-// Numbers of heads, `plane` apart, spread over their channels: of so many heads, or 0 for any.
+// Scalars of heads, `plane` apart, spread over their channels: of so many heads, or 0 for any.
 template <int HEADS> inline Vec spread(const float *heads, int64_t plane, const Lanes &lanes) {
     Vec v = splat(heads[0]);
     const int64_t count = HEADS ? HEADS : lanes.heads;
@@ -258,6 +260,9 @@ inline void sum_attn(const Fourier &f, const Desk &at, const Inputs &in, const S
     const Problem &p = f.p;
     const Complex *below = f.below + pack * f.grid.spectrum;
     Vec least = splat(INFINITY), most = Vec{};
+    for (int64_t n = 0; n < LANES && !f.grid.sees_all(); n++) {
+        std::fill_n(f.attn.at(image, pack * LANES + n), f.attn.plane, 0.0f);
+    }
     f.grid.each_tile(p, [&](const Tile &tile) {
         const Part &down = tile.down, &across = tile.across;
         lay_attn(p, in, shared, image, pack, tile.tokens, at.tokens);
@@ -278,11 +283,13 @@ inline void sum_attn(const Fourier &f, const Desk &at, const Inputs &in, const S
         put_pack(at.tokens, tile.tokens, f.attn, image, pack);
         put_pack(at.windows, tile.windows, f.inverse, image, pack);
     });
-    Sizes *sizes = f.sizes + image * p.pairs + pack * LANES;
+    Magnitudes *magnitudes = f.magnitudes + image * p.pairs + pack * LANES;
     for (int64_t n = 0; n < std::min<int64_t>(LANES, p.pairs - pack * LANES); n++) {
-        sizes[n] = Sizes{};
-        sizes[n].attn = most[n];
-        sizes[n].least_sum = least[n];
+        const float norm = std::sqrt(most[n]) * f.below_norm[pack * LANES + n];
+        magnitudes[n] = Magnitudes{};
+        magnitudes[n].attn = most[n];
+        magnitudes[n].least_sum = least[n];
+        magnitudes[n].sum_error = norm * f.grid.noise() * PEAK / least[n];
     }
 }
 
@@ -307,10 +314,9 @@ inline void find_sums(const Fourier &f, const Inputs &in, const Shared &shared, 
 
 // Whether no window of an image has vanished beside the map's maximum.
 inline bool in_range(const Fourier &f, const Shared &shared, int64_t image, int64_t pair) {
-    const Sizes &of = f.sizes[image * f.p.pairs + pair];
-    const float error = std::sqrt(of.attn) * f.below_norm[pair] * f.grid.noise() * PEAK;
-    const float lost = std::max(SMALLEST_SUM, error / OUT_TOLERANCE);
-    return !shared.exact[image * f.p.pairs + pair] && of.least_sum >= lost && std::isfinite(error);
+    const Magnitudes &of = f.magnitudes[image * f.p.pairs + pair];
+    return !shared.exact[image * f.p.pairs + pair] && of.least_sum >= SMALLEST_SUM &&
+           of.sum_error <= OUT_TOLERANCE;
 }
 
 // Marks heads [batch, heads] for which that is not so.
