@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qna_timm.training.errors import missing_package
-from qna_timm.training.files import replacing
+from qna_timm.training.pictures import Margins, count_epochs, make_panels, write_png
 
+# Inches.
+_PANEL, _GAPS, _MARGINS = (3.5, 2.7), (0.8, 0.0), Margins(0.7, 0.15, 0.55, 0.75)
 _TRAIN, _EVAL, _EMA, _RATE = "#8a8f98", "#1f6fb4", "#d9772b", "#3c8d5a"
 # Column of the summary, label, colour, line style.
 _VALIDATION_LOSS_LINES = (
@@ -55,12 +57,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     branches = max(sum(map(bool, map(_BRANCH_COLUMN.fullmatch, row))) for row in rows)
     branched = any(row.get("eval_agreement") is not None for row in rows)
     panels = 5 if branched else 3
-    # The figure alone, without pyplot: no window system, no global state.
-    figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(13 / 3 * panels, 4), layout="constrained"
-    )
-    ticker = importlib.import_module("matplotlib.ticker")
-    axes_of = figure.subplots(1, panels)
+    figure, axes_of = make_panels(1, panels, _PANEL, _GAPS, _MARGINS)
     loss, accuracy, rate = axes_of[:3]
     figure.suptitle(title, fontsize=11)
     _draw_losses(loss, rows, branches)
@@ -74,11 +71,8 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     for axes in axes_of:
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+        count_epochs(axes)
+    write_png(figure, path)
 
 
 def _draw_lines(

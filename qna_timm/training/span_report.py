@@ -5,12 +5,12 @@ the saved state, so that a resumed run goes on with the table and picture of the
 """
 
 import csv
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qna_timm.training.files import replacing
+from qna_timm.training.pictures import Margins, count_epochs, make_panels, write_png
 
 SPANS_NAME = "spans.csv"
 SPAN_CURVES_NAME = "spans.png"
@@ -26,6 +26,9 @@ _HEAD_COLOURS = (
     "#c25f9a",
 )
 _MAX_PANELS_ACROSS = 5
+# Inches; of the legend those of a head.
+_LEGEND = 0.9
+_PANEL, _GAPS, _MARGINS = (2.7, 2.1), (0.35, 0.6), Margins(0.7, 0.15, 0.95, 0.75)
 
 
 def span_lines(spans: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -83,12 +86,12 @@ def draw_spans(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
     names = list(rows[-1]["spans"])
     down = -(-len(names) // _MAX_PANELS_ACROSS)
     across = -(-len(names) // down)
-    # The figure alone, without pyplot: no window system, no global state.
-    figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(max(6, 3.2 * across), 0.9 + 2.8 * down), layout="constrained"
+    heads = max(len(layer["span_px"]) for layer in rows[-1]["spans"].values())
+    width = max(_PANEL[0], _LEGEND * heads / across)
+    figure, panels = make_panels(
+        down, across, (width, _PANEL[1]), _GAPS, _MARGINS, sharex=True, sharey=True
     )
     figure.suptitle(title, fontsize=11)
-    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     for axes, name in zip(panels, names, strict=False):
@@ -100,16 +103,12 @@ def draw_spans(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
         axes.set_xlabel("epoch")
         axes.tick_params(labelbottom=True)
     lines, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        lines, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9
-    )
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    figure.legend(lines, labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=9)
+    write_png(figure, path)
 
 
 def _draw_layer(axes: Any, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """One panel; epochs count from 1 here, as people do."""
-    ticker = importlib.import_module("matplotlib.ticker")
     layers = [row["spans"][name] for row in rows]
     epochs = [row["epoch"] + 1 for row in rows]
     marker = "o" if len(rows) == 1 else ""
@@ -120,6 +119,4 @@ def _draw_layer(axes: Any, name: str, rows: Sequence[Mapping[str, Any]]) -> None
         axes.plot(epochs, pixels, marker=marker, color=colour, label=label, linewidth=1.6)
     kernels = dict.fromkeys((layers[0]["kernel"], layers[-1]["kernel"]))
     axes.set_title(f"{name}, kernel {' → '.join(map(str, kernels))}", fontsize=9)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    count_epochs(axes)

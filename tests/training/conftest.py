@@ -8,6 +8,15 @@ import pytest
 import torch
 from killing import load_train
 
+from qna_timm.training import curves
+
+
+@pytest.fixture(autouse=True)
+def seldom_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves would take most of the time of a short run: where they are no subject, none."""
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr(curves, "can_draw", lambda: False)
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:

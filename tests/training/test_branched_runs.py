@@ -415,13 +415,7 @@ def test_curves_of_branches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         for epoch, total, metrics in ((0, 2.0, {}), (1, 1.5, {**evaluated, "agreement": 80.0}))
     ]  # fmt: skip
     figures: list[Figure] = []
-    write = Figure.savefig
-
-    def savefig(figure: Figure, *args: object, **kwargs: object) -> None:
-        figures.append(figure)
-        write(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
+    monkeypatch.setattr(curves, "write_png", lambda figure, path: figures.append(figure))
     curves.draw_curves(rows, tmp_path / "curves.png", "title")
     titles = [axes.get_title() for axes in figures[0].axes]
     assert titles[3:] == ["Agreement of branches (%)", "Decorrelation part of the loss"]

@@ -59,6 +59,7 @@ def test_curves_are_a_picture(tmp_path: Path, rows: list) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
 
 
+@pytest.mark.draws
 def test_no_matplotlib_names_what_to_install(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from short_runs import differences, digits, summary
 
-from qna_timm.training import curves, loop, resume
+from qna_timm.training import loop, resume
 from qna_timm.training.checkpoint import read_metadata, read_weights
 from qna_timm.training.errors import UsageError
 from qna_timm.training.state_files import load_state
@@ -79,13 +79,9 @@ def test_resume_by_folder_brings_its_settings(
 
 
 def test_fresh_optimizer_is_asked_for_once(
-    train: ModuleType,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command that asked for it goes on, when it is given again, with what it has since."""
-    monkeypatch.setattr(curves, "can_draw", lambda: False)
     for name, stops in (("straight", ("3",)), ("stopped", ("2", "3"))):
         argv = digits(tmp_path, "--experiment", name, "--resume", "auto", "--epochs", "3")
         train.main([*argv, "--stop-epoch", "1"])
