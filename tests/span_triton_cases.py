@@ -17,6 +17,8 @@ from qna_timm.ops import ring_index, span_attention, span_triton
 from qna_timm.ops.span_attn import span_offsets
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
+
 ORDER = ("qkv", "rel_pos_h", "rel_pos_w", "mask", "floor", "num_heads", "mask_padding", "scale")
 
 
