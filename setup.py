@@ -24,6 +24,11 @@ COMMON = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-mat
 class BuildLibraries(build_ext):
     """Compilers side by side: kinds of a library have one source, and objects of their own."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # An option of setup() would not reach an editable installation.
+        self.parallel = self.parallel or os.cpu_count() or 1
+
     def build_extension(self, ext: Extension) -> None:
         own = copy.copy(self)
         own.build_temp = os.path.join(self.build_temp, ext.name)
@@ -32,7 +37,6 @@ class BuildLibraries(build_ext):
 
 setup(
     cmdclass={"build_ext": BuildLibraries},
-    options={"build_ext": {"parallel": os.cpu_count() or 1}},
     ext_modules=[
         Extension(
             f"{FOLDER.replace('/', '.')}.{name}_{kind}",
