@@ -9,6 +9,11 @@ from ladders import compiled_for, needs_native, without_native
 from timm.layers import is_fast_norm, set_fast_norm
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that take minutes come first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 def pytest_collection_finish() -> None:
     """What imports and collection have made stays: no use in looking for garbage among it. Graphs
     are traced a tenth faster where little is looked for at all."""

@@ -19,11 +19,16 @@ from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, read_state_
 
 # Cases that are also killed by the clock; scripts/stress.sh does that to all, many times.
 TIMED = ("vit", "vit, ranks", "resnet, workers")
-# What it has, others here have too; scripts/stress.sh leaves it to nobody.
-ELSEWHERE = ("vit, workers",)
+# What they have, others here have too; scripts/stress.sh leaves it to nobody.
+ELSEWHERE = ("vit", "vit, workers", "vit, ranks, workers", "resnet, ranks")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ELSEWHERE])
+def anywhere(name: str) -> Any:
+    marks = [pytest.mark.thorough] * (name in ELSEWHERE)
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", map(anywhere, CASES))
 def test_killed_anywhere(train: ModuleType, tmp_path: Path, name: str) -> None:
     """In each phase once; in some cases also at two instants that ignore phases."""
     case, rng = CASES[name], random.Random(name)

@@ -188,7 +188,9 @@ def test_row_is_validated_as_its_recipe_says(tmp_path):
     [
         ("qna_table.sh", "qna_vit_tiny", r"81\.7", "train"),
         pytest.param("qna_table.sh", "qna_vit_tiny", r"81\.7", "eval", marks=pytest.mark.thorough),
-        ("gramian_table.sh", "ga_vit_small", r"80\.9", "train"),
+        pytest.param(
+            "gramian_table.sh", "ga_vit_small", r"80\.9", "train", marks=pytest.mark.thorough
+        ),
         ("gramian_ablation.sh", "ablation_vit_small_branches1_lam0.8", r"78\.2", "eval"),
         # validates what it has trained
         ("span_table.sh", "sa_resnet_small_adaptive", r"learned \| +0\.42M \| 0\.039", "train"),
