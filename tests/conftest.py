@@ -1,12 +1,33 @@
 """Fixtures of all tests."""
 
 import gc
+import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 from ladders import compiled_for, needs_native, without_native
 from timm.layers import is_fast_norm, set_fast_norm
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that hands the tests out starts what those that run them share."""
+    if getattr(config.option, "numprocesses", None) and sys.platform == "linux":
+        folder = Path(tempfile.mkdtemp(prefix="qna_timm_"))
+        server = preloaded.start(folder)
+        os.environ[preloaded.FOLDER] = str(folder)
+
+        def end() -> None:
+            server.kill()
+            server.wait()
+            shutil.rmtree(folder)
+
+        config.add_cleanup(end)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,8 +12,8 @@ import timm
 import torch
 from golden import flax_params, info, released_gramian, released_span
 from PIL import Image
+from preloaded import programs
 from safetensors.torch import save_file
-from script_runs import run_script
 from test_convert import write_flax
 
 from qna_timm.training.checkpoint import save_weights
@@ -96,7 +96,9 @@ def test_python_examples(workplace: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_shell_examples(workplace: Path, tmp_path: Path) -> None:
     """Conversion first, since a file it writes is fine-tuned; the rest in README's order."""
     environment = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join(
+            map(str, (programs(), Path(sys.executable).parent, os.environ["PATH"]))
+        ),
         "QNA_TIMM_VENV": sys.prefix,
         "OMP_NUM_THREADS": "1",
     }
@@ -107,12 +109,9 @@ def test_shell_examples(workplace: Path, tmp_path: Path) -> None:
         if "train.py" in line or "quickstart" in line:
             words += shlex.split(SHORT)
         log = tmp_path / f"{number}.log"
-        if words[0] == "python":
-            code = run_script(words[1:], workplace, log, environment, timeout=300)
-        else:
-            with open(log, "w") as file:
-                settings = {"cwd": workplace, "env": os.environ | environment, "timeout": 300}
-                code = subprocess.run(words, stdout=file, stderr=file, **settings).returncode
+        with open(log, "w") as file:
+            settings = {"cwd": workplace, "env": os.environ | environment, "timeout": 300}
+            code = subprocess.run(words, stdout=file, stderr=file, **settings).returncode
         assert code == 0, f"{line}\n{log.read_text()[-3000:]}"
     assert (workplace / "output/train/photos/best.safetensors").is_file()
     assert (workplace / "confusion.png").is_file() and (workplace / "results.csv").is_file()

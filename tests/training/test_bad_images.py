@@ -5,7 +5,6 @@ import io
 import os
 import shutil
 import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from preloaded import programs
 from timm.data import AugMixDataset
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -335,7 +335,7 @@ def main():
     raise RunFailed("cannot read a.png (OSError: \\n cut off)")
 run_cli(main)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([programs() / "python", "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "-c: failed: cannot read a.png (OSError: cut off)\n"
 

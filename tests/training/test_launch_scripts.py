@@ -3,10 +3,10 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from preloaded import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 MULTINODE = ROOT / "scripts" / "multinode.sh"
@@ -108,7 +108,7 @@ def test_two_machines_on_one(tmp_path: Path) -> None:
     machines = [
         subprocess.Popen(
             ["bash", str(MULTINODE), *argv.split(), *flags.split()],
-            env=environment(PYTHON=sys.executable, PYTHONPATH=str(ROOT)),
+            env=environment(PYTHON=str(programs() / "python"), PYTHONPATH=str(ROOT)),
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from preloaded import programs
 from safetensors.torch import load_file
 from two_nodes import ADDRESSES, TwoNodes
 
@@ -95,7 +96,7 @@ def kill_one_process(output: Path, name: str) -> str:
     launcher += ["--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     torchrun = subprocess.Popen(
         [*launcher, *command(output, name)],
-        env=environment(),
+        env=environment(PYTHON_EXEC=str(programs() / "python")),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -128,7 +129,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         port = str(free.getsockname()[1])
     processes = [
         subprocess.Popen(
-            [sys.executable, *command(output, "run")],
+            [str(programs() / "python"), *command(output, "run")],
             env=environment(
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", RANK=str(rank)
             ),

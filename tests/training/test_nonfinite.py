@@ -4,7 +4,6 @@ import json
 import math
 import random
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from preloaded import programs
 from torch import nn
 
 from qna_timm.training.diagnosis import NOT_SEEN_AGAIN, diagnose
@@ -282,11 +282,11 @@ def test_a_diagnosis_that_fails_says_so_and_leaves_no_hook():
 
 PAIR = """
 import os, sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:3]
 from test_nonfinite import CPU, NAN, diagnose, nn, prepared
 child = os.fork()  # imports take longer than all the rest
 rank = 0 if child else 1
-dist.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2)
+dist.init_process_group("gloo", f"file://{sys.argv[3]}", rank=rank, world_size=2)
 task, input, target, compute = prepared()
 task.prepare_distributed()
 clean = input.clone()
@@ -307,7 +307,8 @@ if child:
 
 def test_one_of_two_processes_diagnoses_alone(tmp_path):
     """The other is not waited for, and both go on together; synchronised batch norm included."""
-    command = [sys.executable, "-c", PAIR, str(Path(__file__).parent), str(tmp_path / "meet")]
+    folders = (Path(__file__).parent, Path(__file__).parents[1])
+    command = [programs() / "python", "-c", PAIR, *folders, tmp_path / "meet"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from preloaded import programs
 
 from qna_timm.training import distributed, launch
 from qna_timm.training.distributed import (
@@ -52,7 +52,7 @@ def start(script: str, environments: Sequence[Mapping[str, str]]) -> list[subpro
     """Run a script in one process for each environment."""
     return [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script)],
+            [str(programs() / "python"), "-c", textwrap.dedent(script)],
             env={**plain_environment(), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -3,9 +3,9 @@
 import os
 import re
 import subprocess
-import sys
 
 import pytest
+from preloaded import programs
 from recipe_files import (
     ABLATIONS,
     FINETUNE,
@@ -32,7 +32,7 @@ def table_rows(script):
 def run_script(script, *argv, **env):
     return subprocess.run(
         ["bash", str(ROOT / "scripts" / script), *map(str, argv)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": str(programs() / "python"), **env},
         capture_output=True,
         text=True,
         timeout=200,

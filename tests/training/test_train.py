@@ -17,6 +17,7 @@ import timm
 import torch
 from killing import Run
 from PIL import Image
+from preloaded import programs
 from short_runs import digits, summary
 
 from qna_timm.training import loaders, loop, resume, run
@@ -247,7 +248,7 @@ def environment() -> dict[str, str]:
 
 
 def torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command = [str(programs() / "torchrun"), "--nproc_per_node=2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "train.py"), *argv]
     return subprocess.run(
         command, env=environment(), capture_output=True, text=True, timeout=240, check=False

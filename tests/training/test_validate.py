@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from preloaded import programs
 from torch import nn
 
 from qna_timm.training import measure
@@ -371,7 +371,7 @@ def test_two_processes_on_the_command_line(
 ) -> None:
     """torchrun with two gloo ranks prints, once, what one process prints."""
     flags = [*COMMON, "--checkpoint", str(run_folder), "--metrics-avg", "weighted"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch = [str(programs() / "torchrun"), "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, str(ROOT / "validate.py"), *flags],
         capture_output=True,

@@ -1,0 +1,187 @@
+"""Pythons that start at once: forks of a process that has imported what takes a script seconds.
+
+    python tests/preloaded.py serve SOCKET
+    python tests/preloaded.py run SOCKET [-u] SCRIPT | -m MODULE | -c CODE | - [ARGUMENTS]
+
+The second runs what `python SCRIPT ...` would run in a process of its own, with the caller's
+folder, environment and files 0 to 2, passes signals on to it, and ends as it ends; it is killed
+when the caller is. A third of the tests' time went into imports before.
+"""
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+FOLDER = "QNA_TIMM_TEST_PROGRAMS"  # where `start` has put them
+PRELOADED = (
+    "torch",
+    "torch.distributed.run",
+    "torch.nn.parallel.distributed",
+    "torchvision",
+    "timm",
+    "sklearn.datasets",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_LENGTH = 8  # bytes of a number that is sent
+
+
+def programs() -> Path:
+    """Folder of the `python` and `torchrun` that tests start scripts with: the plain ones where
+    nobody has started others."""
+    if FOLDER not in os.environ:
+        return Path(sys.executable).parent
+    folder, until = Path(os.environ[FOLDER]), time.monotonic() + 120
+    while not (folder / "socket").exists():
+        assert time.monotonic() < until, "no preloaded Pythons after two minutes"
+        time.sleep(0.1)
+    return folder
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    """Put `python` and `torchrun` into a folder, and start what they ask."""
+    me, place = str(Path(__file__).resolve()), str(folder / "socket")
+    ask = shlex.join([sys.executable, "-IS", me, "run", place])
+    for name, words in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
+        script = f'#!/bin/sh\nPYTHON_EXEC={folder}/python exec {ask} {words}"$@"\n'
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
+    command, environment = [sys.executable, me, "serve", place], {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=os.environ | environment, stdin=subprocess.DEVNULL)
+
+
+def run(path: str, words: Sequence[str]) -> NoReturn:
+    """Have the server run a Python's command line, and end as it ends."""
+    request = json.dumps([list(words), os.getcwd(), dict(os.environ)]).encode()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(path)
+        socket.send_fds(server, [len(request).to_bytes(_LENGTH, "big")], [0, 1, 2])
+        server.sendall(request)
+        pid = int.from_bytes(_receive(server, _LENGTH), "big")
+        for number in SIGNALS:
+            signal.signal(number, lambda number, _: os.kill(pid, number))
+        code = os.waitstatus_to_exitcode(int.from_bytes(_receive(server, _LENGTH), "big"))
+    if code < 0:
+        with contextlib.suppress(OSError):  # SIGKILL has no handler to take away
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def serve(path: str) -> None:
+    """Import, then run what is asked for, until this process is killed."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{path}.new")
+        server.listen(64)
+        os.rename(f"{path}.new", path)  # it is there once it answers
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        while True:
+            connection, _ = server.accept()
+            if os.fork() == 0:
+                server.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                _keep(connection)
+            connection.close()
+
+
+def _keep(connection: socket.socket) -> None:
+    """Start what one caller asks for and tell how it ended; kill it if the caller is gone.
+
+    Returns in the process that is to end as the script does, in no other.
+    """
+    size, files, _, _ = socket.recv_fds(connection, _LENGTH, 3)
+    words, folder, environment = json.loads(
+        _receive(connection, int.from_bytes(size, "big")).decode()
+    )
+    if (pid := os.fork()) == 0:
+        connection.close()
+        _become(words, folder, environment, files)
+    for file in files:
+        os.close(file)
+    connection.sendall(pid.to_bytes(_LENGTH, "big"))
+    ended = os.pidfd_open(pid)
+    ready, _, _ = select.select([ended, connection], [], [])
+    if ended not in ready:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(OSError):
+        connection.sendall(status.to_bytes(_LENGTH, "big"))
+    os._exit(0)
+
+
+def _become(
+    words: list[str], folder: str, environment: dict[str, str], files: Sequence[int]
+) -> NoReturn:
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    if threads := environment.get("OMP_NUM_THREADS"):
+        sys.modules["torch"].set_num_threads(int(threads))
+    sys.path[0] = folder
+    sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    code = 0
+    try:
+        _run_main(words)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    # To take all apart that has been imported would take a second.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run_main(words: list[str]) -> None:
+    if words[0] == "-u":
+        words = words[1:]
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] in ("-c", "-"):
+        sys.argv = [words[0], *words[2 if words[0] == "-c" else 1 :]]
+        code = words[1] if words[0] == "-c" else sys.stdin.read()
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = words
+        sys.path[0] = str(Path(words[0]).resolve().parent)
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    """That many bytes."""
+    received = b""
+    while len(received) < size:
+        part = connection.recv(size - len(received))
+        if not part:
+            sys.exit("the server of preloaded Pythons is gone")
+        received += part
+    return received
+
+
+if __name__ == "__main__":
+    what, where, *rest = sys.argv[1:]
+    serve(where) if what == "serve" else run(where, rest)
