@@ -241,9 +241,14 @@ def test_attention_dropout_only_trains() -> None:
     ("name", "parameters", "gmacs"),
     [
         ("cswin_tiny", 22_320_552, 4.32),
-        ("cswin_small", 34_643_304, 6.80),
-        ("cswin_base", 77_382_184, 14.96),
-        ("cswin_large", 173_262_664, 33.13),
+        *(
+            pytest.param(*counts, marks=pytest.mark.thorough)
+            for counts in (
+                ("cswin_small", 34_643_304, 6.80),
+                ("cswin_base", 77_382_184, 14.96),
+                ("cswin_large", 173_262_664, 33.13),
+            )
+        ),
         ("ga_cswin_tiny", 41_989_000, 6.112),
         ("ga_cswin_small", 54_311_752, 8.588),
     ],

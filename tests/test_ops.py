@@ -277,6 +277,7 @@ def test_vmap_and_functional_gradient() -> None:
         (dict(impl="eager"), r"impl must be one of .*'depthwise', .*'offsets'.* got 'eager'"),
         (dict(padding=3), "padding in 0..kernel_size-1"),
         (dict(stride=0), "at least 1"),
+        (dict(kernel_size=3), r"kernel_size must be a pair \(height, width\), got 3"),
         (dict(kernel_size=(9, 9), padding=0), "does not fit the map"),
         (dict(rel_pos_bias=torch.zeros(9, 2, 2)), r"\[9, 2, 3\], got \[9, 2, 2\]"),
         (dict(query_weight=torch.zeros(4, 2, 3)), r"got \[4, 2, 3\]"),

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from ladders import SWITCHED_OFF, without_native
-from test_ops import SIZES, error, gradients, make_inputs, to
+from test_ops import SIZES, TABLES, error, gradients, make_inputs, to
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,8 +35,14 @@ def test_opcheck(size: str, impl: str) -> None:
     torch.library.opcheck(OPERATOR, (*tensors, list(kernel), stride, padding, impl))
 
 
-@pytest.mark.parametrize("tables", ["both", "no-bias", "no-weight", "weight-per-query"])
-@pytest.mark.parametrize("impl", ["auto", "exact"])
+@pytest.mark.parametrize(
+    ("impl", "tables"),
+    [
+        *(("auto", tables) for tables in TABLES),
+        ("exact", "both"),
+        *(pytest.param("exact", tables, marks=pytest.mark.thorough) for tables in TABLES[1:]),
+    ],
+)
 def test_gradcheck(impl: str, tables: str) -> None:
     """Hand-written gradients, and gradients of gradients, against differences in float64."""
     tensors, args = make_inputs("small-map", tables, batch=1)

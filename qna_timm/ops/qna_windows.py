@@ -38,6 +38,8 @@ def check_problem(
         raise ValueError(
             f"value's {value.shape[3]} channels must divide into scores' {scores.shape[4]} heads"
         )
+    if isinstance(kernel_size, int) or len(kernel_size) != 2:
+        raise ValueError(f"kernel_size must be a pair (height, width), got {kernel_size}")
     if min(kernel_size) < 1 or stride < 1 or padding < 0 or padding >= min(kernel_size):
         raise ValueError(
             "kernel_size and stride must be at least 1 and padding in 0..kernel_size-1, "

@@ -235,7 +235,7 @@ def to_run(path):
     """A recipe, marked where another of its architecture stands for it."""
     name = path.stem
     if name in ABLATIONS:
-        stands = name.endswith("_branches1_lam0")
+        stands = name == "ablation_vit_small_branches1_lam0"
     else:
         larger = re.search("_(small|base|medium|large)$|_(medium|large)_", name)
         stands = larger is None or name == "ga_vit_small"

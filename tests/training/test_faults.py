@@ -120,8 +120,15 @@ def test_stop_before_a_bad_update(train: ModuleType, undisturbed: Kept) -> None:
     assert nonfinite() == [(1, 1)], "told once, though met twice"
 
 
-@pytest.mark.parametrize("policy", ["skip", "rewind"])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("signum", "policy"),
+    [
+        (signal.SIGTERM, "rewind"),
+        (signal.SIGKILL, "skip"),
+        pytest.param(signal.SIGTERM, "skip", marks=pytest.mark.thorough),
+        pytest.param(signal.SIGKILL, "rewind", marks=pytest.mark.thorough),
+    ],
+)
 def test_killed_after_a_bad_update(
     policy: str, signum: int, train: ModuleType, undisturbed: Kept
 ) -> None:

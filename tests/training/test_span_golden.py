@@ -102,7 +102,9 @@ def batch() -> tuple[Tensor, Tensor]:
         ("small_cnn", ""),
         ("small_local_k5", ""),
         ("small_adaptive_R2", ""),
-        ("small_adaptive_R2", "--torchcompile aot_eager --model-ema"),
+        pytest.param(
+            "small_adaptive_R2", "--torchcompile aot_eager --model-ema", marks=pytest.mark.thorough
+        ),
     ],
 )
 def test_four_updates(case: str, flags: str) -> None:
