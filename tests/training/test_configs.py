@@ -238,7 +238,7 @@ def to_run(path):
         stands = name == "ablation_vit_small_branches1_lam0"
     else:
         larger = re.search("_(small|base|medium|large)$|_(medium|large)_", name)
-        stands = larger is None or name == "ga_vit_small"
+        stands = larger is None or name == "ga_vit_small" or name in QNA
     marks = [] if stands else [pytest.mark.thorough]
     return pytest.param(path, marks=marks, id=name)
 
