@@ -38,6 +38,7 @@ PRELOADED = (
 )
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _LENGTH = 8  # bytes of a number that is sent
+_PATIENCE = 5.0  # seconds after which a server looks whether it is still wanted
 
 
 def programs() -> Path:
@@ -83,16 +84,21 @@ def run(path: str, words: Sequence[str]) -> NoReturn:
 
 
 def serve(path: str) -> None:
-    """Import, then run what is asked for, until this process is killed."""
+    """Import, then run what is asked for, while the process that has started this one lives."""
+    parent = os.getppid()
     for name in PRELOADED:
         importlib.import_module(name)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(f"{path}.new")
         server.listen(64)
         os.rename(f"{path}.new", path)  # it is there once it answers
+        server.settimeout(_PATIENCE)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        while True:
-            connection, _ = server.accept()
+        while os.getppid() == parent:
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                continue
             if os.fork() == 0:
                 server.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
