@@ -18,7 +18,7 @@ from timm.layers import is_fast_norm, set_fast_norm
 def pytest_configure(config: pytest.Config) -> None:
     """The process that hands the tests out starts what those that run them share."""
     if getattr(config.option, "numprocesses", None) and sys.platform == "linux":
-        folder = Path(tempfile.mkdtemp(prefix="qna_timm_"))
+        folder = Path(tempfile.mkdtemp(prefix="qna_timm_", dir="/tmp"))  # sockets have short paths
         server = preloaded.start(folder)
         os.environ[preloaded.FOLDER] = str(folder)
 
