@@ -69,7 +69,10 @@ def run(path: str, words: Sequence[str]) -> NoReturn:
     """Have the server run a Python's command line, and end as it ends."""
     request = json.dumps([list(words), os.getcwd(), dict(os.environ)]).encode()
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(path)
+        try:
+            server.connect(path)
+        except OSError as error:
+            _refuse(f"nobody serves {path}: {error.strerror}")
         socket.send_fds(server, [len(request).to_bytes(_LENGTH, "big")], [0, 1, 2])
         server.sendall(request)
         pid = int.from_bytes(_receive(server, _LENGTH), "big")
@@ -106,11 +109,8 @@ def serve(path: str) -> None:
             connection.close()
 
 
-def _keep(connection: socket.socket) -> None:
-    """Start what one caller asks for and tell how it ended; kill it if the caller is gone.
-
-    Returns in the process that is to end as the script does, in no other.
-    """
+def _keep(connection: socket.socket) -> NoReturn:
+    """Start what one caller asks for and tell how it ended; kill it if the caller is gone."""
     size, files, _, _ = socket.recv_fds(connection, _LENGTH, 3)
     words, folder, environment = json.loads(
         _receive(connection, int.from_bytes(size, "big")).decode()
@@ -140,17 +140,18 @@ def _become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    if threads := environment.get("OMP_NUM_THREADS"):
-        sys.modules["torch"].set_num_threads(int(threads))
+    threads = environment.get("OMP_NUM_THREADS") or os.cpu_count() or 1
+    sys.modules["torch"].set_num_threads(int(threads))
     sys.path[0] = folder
     sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     code = 0
     try:
         _run_main(words)
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
+        code = 0 if ended.code is None else ended.code
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
@@ -188,6 +189,16 @@ def _receive(connection: socket.socket, size: int) -> bytes:
     return received
 
 
+def _refuse(reason: str) -> NoReturn:
+    print(f"preloaded.py: error: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
-    what, where, *rest = sys.argv[1:]
-    serve(where) if what == "serve" else run(where, rest)
+    match sys.argv[1:]:
+        case ["serve", where]:
+            serve(where)
+        case ["run", where, _, *_]:
+            run(where, sys.argv[3:])
+        case words:
+            _refuse(f"expected serve SOCKET or run SOCKET SCRIPT ..., found '{' '.join(words)}'")

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from faulty_runs import without_drawing
 from killing import ROOT, Run, contents, differing, free_port, to_the_end
 
-from qna_timm.training import curves, files, loop
+from qna_timm.training import files, loop
 from qna_timm.training.resume import Position
 from qna_timm.training.sampling import KeyedDataset
 from qna_timm.training.session import Session
@@ -35,11 +36,6 @@ def flags(*argv: str) -> list[str]:
     words += " --mixup 0.2 --drop-path 0.1 --model-ema --model-ema-decay 0.5"
     words += " --output . --experiment a --resume auto --dist-timeout 60s"
     return [*words.split(), *argv]
-
-
-def without_drawing(rank: int) -> None:
-    """Curves take most of the time of so short a run."""
-    curves.can_draw = lambda: False
 
 
 @pytest.fixture(scope="module")
