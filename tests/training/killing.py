@@ -25,6 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # What depends on when and where a run ran.
 NOT_COMPARED = {"train.log", "environment.json", "curves.png", "spans.png", ".lock", "tensorboard"}
 
+# Autograd starts its threads once, at the first backward pass. Where a trace of torch.compile comes
+# first it finds the devices of fake tensors, starts threads for them, and forks cannot go backward.
+torch.ones((), requires_grad=True).backward()
+
 
 def load_train() -> ModuleType:
     """train.py as a module."""

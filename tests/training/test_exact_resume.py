@@ -28,7 +28,7 @@ def anywhere(name: str) -> Any:
     return pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("name", map(anywhere, CASES))
+@pytest.mark.parametrize("name", [anywhere(name) for name in CASES])
 def test_killed_anywhere(train: ModuleType, tmp_path: Path, name: str) -> None:
     """In each phase once; in some cases also at two instants that ignore phases."""
     case, rng = CASES[name], random.Random(name)
