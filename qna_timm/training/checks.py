@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from qna_timm.training.checkpoint import WEIGHTS_SUFFIXES, find_weights
+from qna_timm.training.distributed import device_count
 from qna_timm.training.errors import UsageError, closest, closest_path
 from qna_timm.training.flags import FlagTable, all_flags
 from qna_timm.training.flags_learning import MULTILABEL_LOSSES
@@ -76,11 +77,7 @@ def _check_device(args: Namespace, origins: Origins) -> None:
         ) from None
     if device.type == "cpu":
         return
-    try:
-        module = torch.get_device_module(device)
-        count = module.device_count() if module.is_available() else 0
-    except (RuntimeError, AttributeError):
-        count = 0
+    count = device_count(device.type)
     if count == 0:
         raise UsageError(
             f"{where}: '{args.device}' asked for, but PyTorch finds no {device.type} device here; "

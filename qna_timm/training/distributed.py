@@ -113,13 +113,21 @@ def join_processes(
     return Processes(resolved, rank, world_size)
 
 
+def device_count(kind: str) -> int:
+    """How many devices of a kind, such as ``cuda``, PyTorch finds here."""
+    try:
+        module = torch.get_device_module(kind)
+        return module.device_count() if module.is_available() else 0
+    except (RuntimeError, AttributeError):  # of a kind that it does not know, or that has no count
+        return 0
+
+
 def _choose_device(device: str, local_rank: int | None, by_slurm: bool) -> torch.device:
     """The device for this process; `local_rank` is None without a launcher."""
     kind, _, index = device.partition(":")
-    if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device {device}: CUDA is not available, --device cpu is")
-        count = torch.cuda.device_count()
+    if kind != "cpu":
+        if not (count := device_count(kind)):
+            raise UsageError(f"--device {device}: PyTorch finds no {kind} device here, only cpu")
         if local_rank is not None and by_slurm and count == 1:
             local_rank = 0  # SLURM shows each task its own device only
         if (number := int(index or 0) if local_rank is None else local_rank) >= count:
