@@ -4,9 +4,11 @@
 
 runs a script where PyTorch finds a device ``emulated``. Its tensors do not mix with those of the
 CPU, random numbers come from a generator of its own, it has autocast, autograd's threads, and
-collective operations of its own name. What it computes are the CPU's numbers, bit for bit.
+collective operations of its own name. What it computes are the CPU's numbers, bit for bit. In the
+end it prints how often the host has waited for the device, to read there.
 """
 
+import atexit
 import contextlib
 import runpy
 import sys
@@ -24,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 KIND = "emulated"
 # Only these take tensors of two devices; index tensors of the CPU serve on any.
 _COPIES = ("aten::_to_copy", "aten::copy_")
+_SHAPED_BY_VALUES = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::bincount")
 _INDEXED = ("aten::index", "aten::index_put_", "aten::_index_put_impl_")
 # A selection of what CUDA's autocast casts, all that is computed here.
 _LOWER = ("linear", "matmul", "bmm", "conv2d", "einsum", "scaled_dot_product_attention")
@@ -33,9 +36,14 @@ _libraries: list[torch.library.Library] = []  # what they register is gone with 
 
 
 class Device:
-    """``torch.emulated``: what PyTorch and scripts ask of ``torch.cuda``, for one device."""
+    """``torch.emulated``: what PyTorch and scripts ask of ``torch.cuda``, for one device.
+
+    Attributes:
+        reads: How often the host has read what the device computed.
+    """
 
     _initialized = True
+    reads = 0
     generator = torch.Generator()
 
     def is_initialized(self) -> bool:
@@ -149,6 +157,8 @@ def _compute(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     elif op._schema.name == "aten::copy_":
         here = isinstance(args[0], OnDevice)
+    if inputs and (not here or _has_shape_of_values(op, args)):
+        Device.reads += 1
     host_args, host_kwargs = tree_map(
         lambda leaf: leaf.host if isinstance(leaf, OnDevice) else leaf, (args, kwargs)
     )
@@ -164,6 +174,19 @@ def _compute(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return known.get(id(leaf)) if id(leaf) in known else OnDevice(leaf)
 
     return tree_map(placed, results)
+
+
+def _has_shape_of_values(op: Any, args: Sequence[Any]) -> bool:
+    """Whether a result's shape, or a number that is one, must be known before anything goes on."""
+    masks = (torch.bool, torch.uint8)
+    masked = op._schema.name in _INDEXED and any(
+        isinstance(index, Tensor) and index.dtype in masks for index in args[1]
+    )
+    numbers = any(
+        result.type.kind() in ("NumberType", "BoolType", "IntType", "FloatType")
+        for result in op._schema.returns
+    )
+    return masked or numbers or op._schema.name in _SHAPED_BY_VALUES
 
 
 def _check_devices(op: Any, leaves: Sequence[Any]) -> None:
@@ -256,4 +279,5 @@ if __name__ == "__main__":
     loaders._PREFETCH_DEVICES = (KIND,)  # as on a GPU, batches are made ready on the device
     del sys.argv[0]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    atexit.register(lambda: print("reads:", Device.reads))
     runpy.run_path(sys.argv[0], run_name="__main__")

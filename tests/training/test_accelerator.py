@@ -156,6 +156,16 @@ def test_processes_of_slurm_with_a_device_each(train: ModuleType, tmp_path: Path
     assert_same_rows(tmp_path / "two" / "run", tmp_path / "one" / "run")
 
 
+def test_host_waits_once_an_update(tmp_path: Path) -> None:
+    """Whatever is computed besides: the device would run out of work."""
+    more = f"{EVERYTHING} --model sa_resnet_small_adaptive -b 4 --epochs 1 --val-num-samples 4"
+    reads = []
+    for updates in (2, 5):
+        argv = flags(f"{more} --max-steps {updates}", tmp_path / str(updates))
+        reads.append(int(finish(start("train.py", argv)).split("reads: ")[1]))
+    assert reads[1] - reads[0] == 3
+
+
 def test_update_that_is_not_finite(tmp_path: Path) -> None:
     """On a device gradients are read late; the report has what it has on the CPU."""
     argv = flags("--model test_vit --opt sgd --lr 1e38 --warmup-epochs 0", tmp_path)
