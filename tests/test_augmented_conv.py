@@ -139,7 +139,8 @@ def test_graphs(relative: bool) -> None:
         assert relative_error(conv(x).float(), wanted.detach().numpy()) < 0.05
 
 
-@pytest.mark.parametrize("relative", [False, True])
+# with positions there is all that there is without
+@pytest.mark.parametrize("relative", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_compiled_gradients_of_any_size(relative: bool) -> None:
     conv = layer(relative=relative, dtype=torch.float32)
     compiled = torch.compile(conv, fullgraph=True, backend="aot_eager", dynamic=True)

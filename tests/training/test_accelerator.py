@@ -27,6 +27,7 @@ EVERYTHING = (
     "--model test_vit --mixup 0.8 --cutmix 1 --aa rand-m5 --reprob 0.5 --drop-path 0.1 --drop 0.1"
     " --model-ema --model-ema-decay 0.9 --grad-accum-steps 2 --clip-grad 1"
 )
+AMP = "--amp --amp-dtype bfloat16"
 CASES = {
     "everything": f"{EVERYTHING} --no-prefetcher",
     "prepared there": "--model test_vit --channels-last --bce-loss --clip-grad 0.1 --clip-mode agc",
@@ -34,10 +35,7 @@ CASES = {
         "--model qna_vit_tiny --model-kwargs embed_dim=32 qna_num_heads=(4,4,8,8)"
         " window_num_heads=(4,4,8,8) --drop-path 0.2 --grad-checkpointing -b 8 --max-steps 2"
     ),
-    "branches": (
-        "--model ga_backbone --model-kwargs backbone=test_vit --ga-lam 0.8 --jsd-loss"
-        " --aug-splits 3"
-    ),
+    "branches": "--model ga_backbone --model-kwargs backbone=test_vit --ga-lam 0.8",
     "spans": (
         "--device-modules span_model --model test_spans --span-penalty 1e-2 --opt sgd"
         " --momentum 0.9"
@@ -117,9 +115,8 @@ def test_tensors_do_not_mix() -> None:
 def test_killed_and_resumed_and_validated(in_own_folder: None) -> None:
     """Batches made ready on the device, in bfloat16, with what is drawn there."""
     output, straight = Path("output"), Path("straight")
-    argv = flags(
-        f"{EVERYTHING} --amp --amp-dtype bfloat16 --checkpoint-interval 1 --resume auto", output
-    )
+    saved = "--checkpoint-interval 1 --resume auto --max-steps 2"
+    argv = flags(f"{EVERYTHING} {AMP} {saved}", output)
     finish(start("train.py", argv))
     wanted = contents(output / "run")
     output.rename(straight)
@@ -133,8 +130,7 @@ def test_killed_and_resumed_and_validated(in_own_folder: None) -> None:
     assert set(differing(wanted, contents(output / "run"))) <= {PREVIOUS_NAME}
 
     best = output / "run" / "best.safetensors"
-    words = f"--checkpoint {best} --use-ema --num-samples 48 -b 16 -j 0 --device emulated"
-    words += " --amp --amp-dtype bfloat16"
+    words = f"--checkpoint {best} --use-ema {AMP} --num-samples 48 -b 16 -j 0 --device emulated"
     printed = finish(start("validate.py", words.split())).split("--result\n")[1]
     found, _ = json.JSONDecoder().raw_decode(printed)
     top1s = [float(row["eval_top1_ema"]) for row in summary(output / "run")]
