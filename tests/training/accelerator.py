@@ -141,6 +141,10 @@ class _Interceptor(TorchDispatchMode):
         return op(*args, **kwargs)
 
 
+def _on_host(leaf: Any) -> Any:
+    return leaf.host if isinstance(leaf, OnDevice) else leaf
+
+
 def _is_here(device: object) -> bool:
     return device is not None and torch.device(device).type == KIND
 
@@ -159,9 +163,7 @@ def _compute(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         here = isinstance(args[0], OnDevice)
     if inputs and (not here or _has_shape_of_values(op, args)):
         Device.reads += 1
-    host_args, host_kwargs = tree_map(
-        lambda leaf: leaf.host if isinstance(leaf, OnDevice) else leaf, (args, kwargs)
-    )
+    host_args, host_kwargs = tree_map(_on_host, (args, kwargs))
     with _drawing_here(op, host_kwargs) if here else contextlib.nullcontext():
         results = op(*host_args, **host_kwargs)
     for tensor in inputs:
@@ -171,13 +173,13 @@ def _compute(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     def placed(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or isinstance(leaf, OnDevice) or not here:
             return leaf
-        return known.get(id(leaf)) if id(leaf) in known else OnDevice(leaf)
+        return known[id(leaf)] if id(leaf) in known else OnDevice(leaf)
 
     return tree_map(placed, results)
 
 
 def _has_shape_of_values(op: Any, args: Sequence[Any]) -> bool:
-    """Whether a result's shape, or a number that is one, must be known before anything goes on."""
+    """Whether a result is a number, or a tensor whose shape hangs on values: the host waits."""
     masks = (torch.bool, torch.uint8)
     masked = op._schema.name in _INDEXED and any(
         isinstance(index, Tensor) and index.dtype in masks for index in args[1]
@@ -241,8 +243,7 @@ def _add_autocast() -> None:
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    hosts = (x.host if isinstance(x, OnDevice) else x for x in (target, source))
-    next(hosts).copy_(next(hosts))
+    _on_host(target).copy_(_on_host(source))
     return target
 
 
