@@ -296,7 +296,7 @@ def test_forward_mode() -> None:
     torch.testing.assert_close(*hessians)
 
 
-@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("kernel", [pytest.param(3, marks=pytest.mark.thorough), 5])
 def test_compiled_transforms(kernel: int) -> None:
     """Tangents and gradients inside and around compiled functions, also of one compiled before."""
     gen = torch.Generator().manual_seed(0)
