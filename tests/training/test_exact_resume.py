@@ -18,7 +18,7 @@ from qna_timm.training.loop import Trainer
 from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, read_state_header
 
 # Cases that are also killed by the clock; scripts/stress.sh does that to all, many times.
-TIMED = ("vit", "vit, ranks", "resnet, workers")
+TIMED = ("vit", "vit, ranks")
 # What these have, others here have too; scripts/stress.sh kills them as often as the others.
 ELSEWHERE = ("vit", "vit, workers", "vit, ranks, workers", "resnet, ranks")
 
