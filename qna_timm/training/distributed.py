@@ -127,7 +127,7 @@ def _choose_device(device: str, local_rank: int | None, by_slurm: bool) -> torch
     kind, _, index = device.partition(":")
     if kind != "cpu":
         if not (count := device_count(kind)):
-            raise UsageError(f"--device {device}: PyTorch finds no {kind} device here, only cpu")
+            raise UsageError(f"--device {device}: PyTorch finds no {kind} device here; cpu works")
         if local_rank is not None and by_slurm and count == 1:
             local_rank = 0  # SLURM shows each task its own device only
         if (number := int(index or 0) if local_rank is None else local_rank) >= count:

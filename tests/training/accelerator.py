@@ -4,7 +4,7 @@
 
 runs a script where PyTorch finds a device ``emulated``. Its tensors do not mix with those of the
 CPU, random numbers come from a generator of its own, it has autocast, autograd's threads, and
-collective operations of its own name. What it computes are the CPU's numbers, bit for bit. In the
+collective operations of its own name. Every operation gives the CPU's numbers. In the
 end it prints how often the host has waited for the device, to read there.
 """
 
@@ -35,7 +35,7 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 _libraries: list[torch.library.Library] = []  # what they register is gone with them
 
 
-class Device:
+class Device(registration._DummyBackendModule):
     """``torch.emulated``: what PyTorch and scripts ask of ``torch.cuda``, for one device.
 
     Attributes:
@@ -45,18 +45,6 @@ class Device:
     _initialized = True
     reads = 0
     generator = torch.Generator()
-
-    def is_initialized(self) -> bool:
-        return True
-
-    def is_available(self) -> bool:
-        return True
-
-    def device_count(self) -> int:
-        return 1
-
-    def current_device(self) -> int:
-        return 0
 
     def set_device(self, device: object) -> None:
         assert torch.device(device).index == 0, f"set_device({device})"
@@ -81,9 +69,6 @@ class Device:
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
 
 
 class OnDevice(Tensor):
@@ -206,11 +191,10 @@ def _drawing_here(op: Any, kwargs: Mapping[str, Any]) -> Any:
     if torch.Tag.nondeterministic_seeded not in op.tags or kwargs.get("generator") is not None:
         yield
         return
-    kept = torch.random.get_rng_state()
-    torch.random.set_rng_state(Device.generator.get_state())
-    yield
-    Device.generator.set_state(torch.random.get_rng_state())
-    torch.random.set_rng_state(kept)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.set_rng_state(Device.generator.get_state())
+        yield
+        Device.generator.set_state(torch.random.get_rng_state())
 
 
 def _autocast(op: Any, dtype: torch.dtype | None) -> Callable[..., Any]:
@@ -274,6 +258,12 @@ def install() -> None:
 
 
 if __name__ == "__main__":
+    if not (sys.argv[1:] and Path(sys.argv[1]).is_file()):
+        found = " ".join(sys.argv[1:])
+        print(
+            f"accelerator.py: error: expected SCRIPT [ARGUMENTS], found '{found}'", file=sys.stderr
+        )
+        sys.exit(2)
     install()
     from qna_timm.training import loaders
 

@@ -16,6 +16,7 @@ import torch.utils.backend_registration as registration
 from killing import ROOT, contents, differing, free_port, to_the_end
 from preloaded import programs
 from short_runs import summary
+from test_processes import plain_environment, slurm_task
 
 from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME
 
@@ -66,9 +67,8 @@ def start(
     return subprocess.Popen(
         [programs() / "python", *emulator, ROOT / script, *argv],
         env={
-            **os.environ,
+            **plain_environment(),
             "PYTHONPATH": f"{ROOT}:{ACCELERATOR.parent}",
-            "OMP_NUM_THREADS": "1",
             **(environment or {}),
         },
         stdout=subprocess.PIPE,
@@ -150,13 +150,8 @@ def test_killed_and_resumed_and_validated(in_own_folder: None) -> None:
 def test_processes_of_slurm_with_a_device_each(train: ModuleType, tmp_path: Path) -> None:
     """Each task sees one: two have the gradients and the sums of one process, here on the CPU."""
     to_the_end(train, flags("--model test_vit", tmp_path / "one", "cpu"), tmp_path / "log")
-    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1"}
-    job["MASTER_PORT"] = str(free_port())
-    argv = flags("--model test_vit -b 8", tmp_path / "two")
-    ranks = [
-        start("train.py", argv, {**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank})
-        for rank in "01"
-    ]
+    argv, port = flags("--model test_vit -b 8", tmp_path / "two"), str(free_port())
+    ranks = [start("train.py", argv, slurm_task(rank, MASTER_PORT=port)) for rank in range(2)]
     for rank in ranks:
         finish(rank)
     assert_same_rows(tmp_path / "two" / "run", tmp_path / "one" / "run")

@@ -180,7 +180,7 @@ def test_four_shards(train: ModuleType, tmp_path: Path) -> None:
     assert rows(folders[0]) == pytest.approx(rows(folders[1]), rel=1e-6)
 
 
-@pytest.mark.thorough
+@pytest.mark.thorough  # of batch norm but its running statistics, nothing is not in two shards
 def test_batch_norm(train: ModuleType, tmp_path: Path) -> None:
     """Bit for bit but for running statistics, which take no part in training.
 

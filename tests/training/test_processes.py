@@ -182,7 +182,9 @@ def test_device_that_slurm_shows_to_one_task(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_device_that_is_not_there() -> None:
-    with pytest.raises(UsageError, match="--device cuda: PyTorch finds no cuda device here, "):
+    with pytest.raises(
+        UsageError, match="--device cuda: PyTorch finds no cuda device here; cpu works"
+    ):
         join_processes("cuda")
     with pytest.raises(UsageError, match="--device gpu: PyTorch finds no gpu device"):
         join_processes("gpu")
