@@ -27,10 +27,12 @@ if [ ! -x "$PYTHON" ] || ! grep -qsx -e "$stamp $extras" -e "$stamp dev" "$venv/
     fi
     echo "installing qna_timm[$extras] into $venv (once; downloads PyTorch)"
     [ -x "$PYTHON" ] || "$base" -m venv "$venv"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+    # modules are compiled where they are first imported: a quarter of them, and not for a minute here
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[$extras]"
     echo "$stamp $extras" >"$venv/.qna_timm"
 fi
 export PYTHON PATH="$venv/bin:$PATH"
+unset PYTHONDONTWRITEBYTECODE # or every process compiles PyTorch again, where it is not compiled yet
 # Threads that wait by spinning take the processors from the ones they wait for as soon as anything
 # else runs: a training step on two busy cores took 7.1 s so, and 0.6 s with sleeping threads.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}

@@ -3,7 +3,6 @@
 # Makes its environment.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
-unset PYTHONDONTWRITEBYTECODE # or every process compiles the package and the tests again
 ruff check .
 ruff format --check --quiet .
 # processes of one thread each do more tests a minute than one of two threads; many of them wait for
