@@ -18,7 +18,7 @@ FLAGS = {
     "baseline": [],
 }
 # OpenMP at compilation only: its functions are those of the runtime that PyTorch has loaded.
-COMMON = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+COMMON = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
 
 class BuildLibraries(build_ext):
