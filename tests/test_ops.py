@@ -4,14 +4,17 @@ import pytest
 import torch
 from ladders import needs_native
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from qna_timm.ops import (
     learned_query_scores,
     normalize_query,
     qna_attention,
     qna_attention_reference,
+    span_attention,
     window_attention,
 )
+from qna_timm.ops.qna_eager import qna_offsets
 
 # H, W, queries, heads, head_dim, kernel, stride, padding
 SIZES = {
@@ -100,6 +103,42 @@ def test_reference_by_hand() -> None:
     centre1, right1 = torch.softmax(torch.tensor([1.0, -1.0], dtype=torch.float64), 0)
     wanted = centre0 * 3 + right0 * 5 + centre1 * 3 * -2 + right1 * 5
     torch.testing.assert_close(out[0, 0, 0, 0], wanted)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_offsets_one_by_one_and_row_by_row(size: str) -> None:
+    """The same function and gradients."""
+    tensors, args = make_inputs(size)
+    found = []
+    for few in (0, 1000):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = qna_offsets(*leaves, *args, few=few)
+        direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+        found.append([out, *torch.autograd.grad((out * direction).sum(), leaves)])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
+def test_graphs_of_wide_windows_are_short() -> None:
+    """Exporters' time: as long as the windows' side says, not their area."""
+
+    def qna_nodes(kernel: int) -> int:
+        def run(scores: Tensor, value: Tensor, table: Tensor) -> Tensor:
+            window = ((kernel, kernel), 1, kernel // 2)
+            return qna_attention(scores, value, table, table, *window, "offsets")
+
+        maps = torch.randn(1, 9, 9, 2, 2), torch.randn(1, 9, 9, 4)
+        return len(make_fx(run)(*maps, torch.randn(kernel**2, 2, 2)).graph.nodes)
+
+    def span_nodes(kernel: int) -> int:
+        def run(qkv: Tensor, table: Tensor) -> Tensor:
+            return span_attention(qkv, table, table, num_heads=2, impl="offsets")
+
+        maps = torch.randn(1, 9, 9, 12), torch.randn(4, kernel)
+        return len(make_fx(run)(*maps).graph.nodes)
+
+    for count in (qna_nodes, span_nodes):
+        five, seven, nine = map(count, (5, 7, 9))
+        assert nine - seven == seven - five < 40
 
 
 def test_gradcheck_reference() -> None:

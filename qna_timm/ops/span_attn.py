@@ -88,10 +88,10 @@ def span_offsets(
     mask_padding: bool,
     scale: float,
 ) -> Tensor:
-    """The function offset by offset; arguments as in `span_attention`, in one dtype.
+    """The function, a row of windows' offsets at a time; arguments as in `span_attention`.
 
-    Differentiable to any order and scriptable; keeps B*h*H*W*K scores and K shifted maps for
-    backward.
+    All in one dtype. Differentiable to any order and scriptable, in a graph whose size grows with
+    the window's side, not with its area; keeps B*h*H*W*K scores for backward.
     """
     height, width, kernel_size = qkv.shape[1], qkv.shape[2], rel_pos_h.shape[1]
     radius = kernel_size // 2
@@ -104,10 +104,10 @@ def span_offsets(
     cols = torch.einsum("byxhd,hdk->byxhk", query, rel_pos_w.unflatten(0, (num_heads, -1)))
     scores = []
     for dy in range(kernel_size):
-        for dx in range(kernel_size):
-            seen = key[:, dy : dy + height, dx : dx + width]
-            scores.append((query * seen).sum(dim=4) + rows[..., dy] + cols[..., dx])
-    logits = torch.stack(scores, dim=4)  # B, H, W, h, K
+        seen = key[:, dy : dy + height].unfold(2, kernel_size, 1).movedim(-1, 4)  # B, H, W, h, k, d
+        products = (query.unsqueeze(4) * seen).sum(dim=5)
+        scores.append(products + rows[..., dy, None] + cols)
+    logits = torch.cat(scores, dim=4)  # B, H, W, h, K
     if mask_padding:
         outside = off_map(height, width, kernel_size, qkv.device)
         logits = logits.masked_fill(outside[None, :, :, None], float("-inf"))
@@ -119,8 +119,8 @@ def span_offsets(
         exps = (logits - logits.detach().amax(dim=4, keepdim=True)).exp()
         attn = exps * mask / (exps * total).sum(dim=4, keepdim=True)
     out = torch.zeros_like(query)
+    attn = attn.unflatten(4, (kernel_size, kernel_size)).unsqueeze(6)
     for dy in range(kernel_size):
-        for dx in range(kernel_size):
-            seen = value[:, dy : dy + height, dx : dx + width]
-            out = out + attn[..., dy * kernel_size + dx, None] * seen
+        seen = value[:, dy : dy + height].unfold(2, kernel_size, 1).movedim(-1, 4)
+        out = out + (attn[:, :, :, :, dy] * seen).sum(dim=4)
     return out.flatten(3)
