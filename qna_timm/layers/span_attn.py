@@ -92,7 +92,7 @@ class AdaptiveSpan(nn.Module):
     def radius(self) -> Tensor:
         """The running radius in pixels, a scalar on the parameter's device."""
         # spans that are no numbers any more take the widest window, as compiled layers do
-        widest = self.span.detach().amax().nan_to_num(nan=1.0)
+        widest = self.span.detach().max().nan_to_num(nan=1.0)
         if not self.exact_radius:
             widest = _exact(widest)
         reach = (widest * self.max_span).ceil() + self.span_ramp
