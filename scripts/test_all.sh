@@ -4,5 +4,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/test.sh
 source scripts/_env.sh
+"$PYTHON" -m pip install --quiet --disable-pip-version-check onnxscript onnxruntime
 OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 2 -m thorough
 scripts/timm_tests.sh --all
