@@ -118,6 +118,21 @@ def test_offsets_one_by_one_and_row_by_row(size: str) -> None:
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
 
 
+def test_row_by_row_to_any_order() -> None:
+    """First and second derivatives, forward-mode too, and vectorised."""
+    tensors, args = make_inputs("even-kernel", batch=1)
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def run(*tensors: Tensor) -> Tensor:
+        return qna_offsets(*tensors, *args, few=0)
+
+    assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+    scores, *rest = leaves
+    pair = torch.func.vmap(lambda scores: run(scores, *rest))(torch.stack([scores, 2 * scores]))
+    torch.testing.assert_close(pair, torch.stack([run(scores, *rest), run(2 * scores, *rest)]))
+
+
 def test_graphs_of_wide_windows_are_short() -> None:
     """Exporters' time: as long as the windows' side says, not their area."""
 
