@@ -27,7 +27,7 @@ if [ ! -x "$PYTHON" ] || ! grep -qsx -e "$stamp $extras" -e "$stamp dev" "$venv/
     fi
     echo "installing qna_timm[$extras] into $venv (once; downloads PyTorch)"
     [ -x "$PYTHON" ] || "$base" -m venv "$venv"
-    # modules are compiled where they are first imported: a quarter of them, and not for a minute here
+    # modules are compiled where they are first imported; all of them at once took 50 s more here
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[$extras]"
     echo "$stamp $extras" >"$venv/.qna_timm"
 fi

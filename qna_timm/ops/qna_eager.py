@@ -80,10 +80,10 @@ def _by_rows(
 ) -> Tensor:
     """`qna_offsets` of framed maps and their windows' maxima [B, Y, X, Q, h]."""
     kernel_h, kernel_w = kernel_size
-    span = (shift.shape[1] - 1) * stride + 1
+    rows = (shift.shape[1] - 1) * stride + 1  # from the first window's to the last one's
     seen = []
     for ky in range(kernel_h):
-        row = scores[:, ky : ky + span : stride].unfold(2, kernel_w, stride)
+        row = scores[:, ky : ky + rows : stride].unfold(2, kernel_w, stride)
         seen.append(row.movedim(-1, 0))  # kw, B, Y, X, Q, h
     logits = torch.cat(seen) - shift
     if rel_pos_bias is not None:
@@ -91,6 +91,6 @@ def _by_rows(
     weight = _weights(logits, query_weight).unflatten(0, (kernel_h, kernel_w))
     out = torch.zeros_like(value[:, : shift.shape[1], : shift.shape[2]])
     for ky in range(kernel_h):
-        row = value[:, ky : ky + span : stride].unfold(2, kernel_w, stride)
+        row = value[:, ky : ky + rows : stride].unfold(2, kernel_w, stride)
         out = out + (weight[ky] * row.movedim(-1, 0)).sum(dim=0)
     return out.flatten(3)
