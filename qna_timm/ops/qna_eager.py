@@ -26,7 +26,7 @@ def qna_offsets(
 ) -> Tensor:
     """Arguments as in `qna_attention`, scores float32 or float64; result likewise.
 
-    Memory for backward: about 3*K*Q*h numbers for each output position.
+    Memory for backward: up to about 3*K*Q*h numbers for each output position.
 
     Up to `few` offsets are taken one by one, for compilers to fuse. Of more a row of the window is
     taken at a time: a 7x7 window's graph is a fifth as long so, which exporters take time for.

@@ -91,7 +91,7 @@ def span_offsets(
     """The function, a row of windows' offsets at a time; arguments as in `span_attention`.
 
     All in one dtype. Differentiable to any order and scriptable, in a graph whose size grows with
-    the window's side, not with its area; keeps B*h*H*W*K scores for backward.
+    the window's side, not with its area; keeps three times B*h*H*W*K numbers for backward.
     """
     height, width, kernel_size = qkv.shape[1], qkv.shape[2], rel_pos_h.shape[1]
     radius = kernel_size // 2
