@@ -1,3 +1,4 @@
+SHELL := bash
 .PHONY: test test-all lint format bench-quick
 
 test:
@@ -7,12 +8,10 @@ test-all:
 	bash scripts/test_all.sh
 
 lint:
-	ruff check .
-	ruff format --check .
+	source scripts/_env.sh && ruff check . && ruff format --check .
 
 format:
-	ruff check --fix .
-	ruff format .
+	source scripts/_env.sh && ruff check --fix . && ruff format .
 
 bench-quick:
-	for script in benchmarks/bench_*.py; do python $$script --quick || exit 1; done
+	source scripts/_env.sh && for script in benchmarks/bench_*.py; do $$PYTHON $$script --quick || exit 1; done

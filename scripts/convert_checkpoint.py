@@ -26,14 +26,13 @@ from qna_timm.convert import (
     read_flax_checkpoint,
     span_state_dict,
 )
+from qna_timm.convert.common import HEAD_NAMES
 from qna_timm.models import CSWin, GramianNet, QnAViT, SAResNet  # and registers the models
 from qna_timm.training.checkpoint import METADATA_KEY, read_weights
 from qna_timm.training.errors import UsageError, closest, missing_package, run_cli
 from qna_timm.training.files import save_tensors
 from qna_timm.training.flags import OneLineParser
 from qna_timm.training.names import unknown_argument
-
-HEAD = ("head.fc.weight", "head.fc.bias")
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"{args.checkpoint}: {reason}") from None
     wanted = found if args.num_classes is None else args.num_classes
     if wanted != found:
-        for name in HEAD:
+        for name in HEAD_NAMES:
             state_dict.pop(name, None)
         print(
             f"the file has {found} classes, {wanted} were asked for: its trunk is kept, "

@@ -92,9 +92,9 @@ def declare_classes(found: int, model: Any) -> None:
         )
 
 
-def unwrap(state_dict: Mapping[str, Any], *keys: str) -> Mapping[str, Tensor]:
-    """The state dict inside a training checkpoint: under the first of the keys that is there."""
-    for key in keys:
+def unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The state dict inside a training checkpoint, averaged weights first; or what was given."""
+    for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state_dict.get(key), Mapping):
             return state_dict[key]
     return state_dict

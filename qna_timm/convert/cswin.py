@@ -96,7 +96,7 @@ def cswin_state_dict(
     Raises:
         ConversionError: tensors missing, unknown or of the wrong shape.
     """
-    tensors = unwrap(state_dict, "state_dict_ema", "state_dict", "model")
+    tensors = unwrap(state_dict)
     converted = rename_cswin(tensors) if is_released_cswin(tensors) else dict(tensors)
     check_fit(converted, model, exact)
     declare_classes(num_classes_of(converted), model)

@@ -148,7 +148,7 @@ def gramian_state_dict(
     Raises:
         ConversionError: tensors missing, unknown or of the wrong shape; branches that differ.
     """
-    state_dict = unwrap(state_dict, "state_dict_ema", "state_dict", "model")
+    state_dict = unwrap(state_dict)
     state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     if is_released_gramian(state_dict):
         state_dict = _released_to_ours(state_dict)

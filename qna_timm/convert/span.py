@@ -161,7 +161,7 @@ def span_state_dict(
         ConversionError: tensors missing, unknown or of the wrong shape; another window or number
             of heads than the model's.
     """
-    state_dict = unwrap(state_dict, "state_dict_ema", "state_dict", "model")
+    state_dict = unwrap(state_dict)
     state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     expected = model.state_dict()
     if is_released_span(state_dict):

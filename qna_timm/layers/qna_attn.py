@@ -4,7 +4,7 @@ Letters: B batch, H W map, Y X output map, Q queries, h heads, d head_dim, C = h
 D input channels, K = k*k offsets of a window.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from timm.layers import register_notrace_function, register_notrace_module, use_fused_attn
@@ -237,7 +237,7 @@ class LearnedQueryPool(LearnedQueryAttention):
     Shape: [B, H, W, D] -> [B, 1, 1, dim_out].
     """
 
-    def __init__(self, dim: int, num_heads: int, kernel_size: int, **kwargs) -> None:
+    def __init__(self, dim: int, num_heads: int, kernel_size: int, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, kernel_size=kernel_size, padding=0, **kwargs)
 
     def set_kernel_size(self, kernel_size: tuple[int, int]) -> None:

@@ -18,6 +18,7 @@ from timm.models._features import FeatureGetterNet
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from qna_timm.convert.common import unwrap
 from qna_timm.layers.fuse import FuseBottleneck, MapFusion
 from qna_timm.models.gramian import GramianNet, create_gramian, gramian_cfg, init_trunc_normal
 from qna_timm.models.gramian import checkpoint_filter_fn as checkpoint_filter_fn
@@ -241,8 +242,7 @@ class GramianBackbone(GramianNet):
     def backbone_state_dict(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """A file of the backbone's under timm's names, position tables resized; see
         `load_backbone`."""
-        for key in ("state_dict", "model"):
-            state_dict = state_dict.get(key, state_dict)
+        state_dict = unwrap(state_dict)
         own = {name: state_dict[name] for name in self.trunk.state_dict() if name in state_dict}
         if len(own) == len(self.trunk.state_dict()):
             state_dict = own  # the backbone's filter may ask the trunk for layers that were cut

@@ -212,7 +212,7 @@ class GramianCSWin(GramianNet):
 
         A stem of the other type is left out whole: parts of it would fit by name and shape.
         """
-        tensors = unwrap(state_dict, "state_dict_ema", "state_dict", "model")
+        tensors = unwrap(state_dict)
         renamed = rename_cswin(tensors) if is_released_cswin(tensors) else dict(tensors)
         own_stem = {name for name in self.trunk.state_dict() if name.startswith("stem.")}
         if own_stem == {name for name in renamed if name.startswith("stem.")}:

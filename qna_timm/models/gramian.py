@@ -365,7 +365,7 @@ def create_gramian(
     model_class: type[GramianNet],
     variant: str,
     pretrained: bool = False,
-    feature_indices: tuple[int, ...] = (0, 1, 2, 3),
+    feature_indices: tuple[int, ...] | None = (0, 1, 2, 3),
     filter_fn: Callable[..., dict[str, Tensor]] = checkpoint_filter_fn,
     **kwargs: Any,
 ) -> GramianNet:
@@ -375,7 +375,7 @@ def create_gramian(
         model_class: Subclass of `GramianNet`.
         variant: Registered name.
         pretrained: Load the cfg's weights.
-        feature_indices: Maps that `features_only` gives unless told otherwise.
+        feature_indices: Maps that `features_only` gives unless told otherwise; None for all.
         filter_fn: From a checkpoint's state dict to the model's.
         kwargs: Arguments of the class and of timm's builder.
     """

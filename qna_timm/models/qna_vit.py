@@ -29,6 +29,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from qna_timm.convert import qna_vit_state_dict
+from qna_timm.convert.common import unwrap
 from qna_timm.layers import (
     BlockArgs,
     LearnedQueryAttention,
@@ -44,10 +45,10 @@ from qna_timm.layers import (
     scale_windows,
     stage_windows,
 )
+from qna_timm.layers.window_attn import Size2
 
 __all__ = ["QnAViT"]
 
-Size2 = int | tuple[int, int]
 
 STEM_REDUCTION = 4
 REF_IMG_SIZE = (224, 224)
@@ -434,8 +435,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: QnAViT) -> dict[str,
 
     Tables made for other windows or kernels are resized as in `set_input_size`.
     """
-    state_dict = state_dict.get("state_dict", state_dict.get("model", state_dict))
-    return qna_vit_state_dict(state_dict, model)
+    return qna_vit_state_dict(unwrap(state_dict), model)
 
 
 def _create_qna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> QnAViT:

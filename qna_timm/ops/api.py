@@ -16,7 +16,7 @@ from qna_timm.ops.dispatch import Choice, against_triton, choose
 from qna_timm.ops.float32 import full_float32, is_plain_float32
 from qna_timm.ops.library import has_tangents
 from qna_timm.ops.qna_attn import FORMS, Problem
-from qna_timm.ops.qna_eager import FUSED_OFFSETS, qna_offsets
+from qna_timm.ops.qna_offsets import FUSED_OFFSETS, qna_offsets
 from qna_timm.ops.qna_op import qna_operator
 from qna_timm.ops.qna_windows import check_problem
 from qna_timm.ops.reference import qna_attention_reference

@@ -7,6 +7,8 @@ where tokens are few. The gradient of a Gram matrix takes it two products where 
 Letters: P parts (branches, or groups of branches), L tokens of a part.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,13 @@ class _PartLinear(torch.autograd.Function):
         return _part_linear(x, weight, bias)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
+    ) -> None:
         ctx.save_for_backward(inputs[0], inputs[1])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
@@ -45,11 +49,11 @@ class _Gram(torch.autograd.Function):
         return torch.bmm(x.transpose(1, 2), x)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return torch.bmm(x, grad + grad.transpose(1, 2))
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from qna_timm.ops import qna_attn
 from qna_timm.ops.float32 import full_float32
 from qna_timm.ops.library import calls_operator, register_gradient, register_operator
-from qna_timm.ops.qna_eager import qna_offsets
+from qna_timm.ops.qna_offsets import qna_offsets
 
 _ARGUMENTS = (
     "Tensor scores, Tensor value, Tensor? rel_pos_bias, Tensor? query_weight, "

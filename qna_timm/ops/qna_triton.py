@@ -112,6 +112,7 @@ def backward(
     Args:
         grad: Gradient of out, [B, Y, X, C].
         stats: As `forward` returned them.
+        others: As in `qna_attention`.
     """
     problem = Problem(scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
     grad, stats = addressable(grad), stats.contiguous()

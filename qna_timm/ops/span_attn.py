@@ -47,7 +47,7 @@ def ring_index(kernel_size: int, device: torch.device | None = None) -> Tensor:
 
 
 def ring_weights(span: Tensor, max_span: int, span_ramp: float, radius: int) -> Tensor:
-    """Weight of every ring for every head: a plateau as wide as the span, then a ramp to zero.
+    """Weight of every ring for every head: a plateau to a pixel beyond the span, then a ramp to 0.
 
         m_0 = 1,   m_r = clamp((1 - r + span * max_span) / span_ramp + 1, 0, 1)
 

@@ -62,7 +62,8 @@ def find_weights(path: str | Path, use_ema: bool = False) -> Path:
     if path.is_dir():
         found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
         if not found:
-            raise UsageError(f"{path}: no weights in this folder (looked for {FOLDER_FILES[0]})")
+            names = ", ".join(FOLDER_FILES)
+            raise UsageError(f"{path}: no weights in this folder (looked for {names})")
         path = found[0]
     elif not path.is_file():
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []

@@ -27,7 +27,6 @@ from qna_timm.training.loaders import (
     create_eval_loader,
     create_train_loader,
     default_image_mode,
-    set_epoch,
     uses_prefetcher,
 )
 from qna_timm.training.names import TINY_IMAGENET, check_dataset_name
@@ -43,7 +42,6 @@ __all__ = [
     "open_dataset",
     "open_datasets",
     "open_holdout",
-    "set_epoch",
     "uses_prefetcher",
 ]
 

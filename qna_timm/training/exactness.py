@@ -119,17 +119,17 @@ def check_exact(
 
     Args:
         where: The folder or file to resume from, for messages.
-        state: The saved state: its ``args`` and, where it has them, ``plan`` (`ShardPlan` as a
-            dictionary), ``data`` and ``versions``.
+        state: The saved state: its ``args``, ``plan`` (`ShardPlan` as a dictionary, None of a
+            stream), ``data`` and ``versions``.
         args: Flags of this run.
         identity: ``data``, the `fingerprint`, and ``versions`` of this run.
 
     Raises:
         UsageError: It cannot, and ``--resume-anyway`` is not given.
     """
-    saved_args, now, plan = state["args"], vars(args), state.get("plan")
-    data, saved_data = identity["data"], state.get("data")
-    found_versions, saved_versions = identity["versions"], state.get("versions")
+    saved_args, now, plan = state["args"], vars(args), state["plan"]
+    data, saved_data = identity["data"], state["data"]
+    found_versions, saved_versions = identity["versions"], state["versions"]
     shards = args.grad_accum_steps * process_place()[1]
     same_plan = plan is not None and plan["shards_per_update"] == shards
     found = differences(
@@ -141,14 +141,7 @@ def check_exact(
         )
     if found := [*found, *_asked(saved_args, now)]:
         _logger.warning("--resume %s: does not go on exactly: %s", where, ", ".join(found))
-    if saved_data is None or saved_versions is None:
-        _logger.warning(
-            "--resume %s: saved by an earlier version, which did not note its data and versions: "
-            "whether it goes on exactly is not known",
-            where,
-        )
-    else:
-        _tell_machine(saved_versions, found_versions, same_plan)
+    _tell_machine(saved_versions, found_versions, same_plan)
     known = DATA_PLACE if _same_known_samples(saved_data, data) else frozenset()
     harmless = _changed_flags(saved_args, now, SCHEDULE - _TOLD_BY_OPTIMIZER | known)
     if harmless:

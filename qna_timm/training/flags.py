@@ -264,18 +264,21 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, max_help_position=30)
 
 
+_OF_RECIPES = (
+    "A switch that a recipe turns on is turned off by --no-NAME (and --no-NAME by --NAME)."
+)
+
+
 def build_parser(table: FlagTable, prog: str, description: str) -> argparse.ArgumentParser:
     """Make the parser of a flag table; it yields raw values of only the flags that were given."""
+    takes_recipes = "config" in flags_by_key(table)
     parser = OneLineParser(
         prog=prog,
         usage="%(prog)s [flags] [DATA]",
         formatter_class=_formatter,
         description=description,
         allow_abbrev=False,
-        epilog=(
-            "Names may be written with - or _. A switch that a recipe turns on is turned off by "
-            "--no-NAME (and --no-NAME by --NAME)."
-        ),
+        epilog="Names may be written with - or _. " + _OF_RECIPES * takes_recipes,
     )
     for title, flags in table.items():
         group = parser.add_argument_group(title)

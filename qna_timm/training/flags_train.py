@@ -39,7 +39,7 @@ _RECIPE = (
         "--smoke",
         bool,
         False,
-        "Try the recipe in seconds: two updates of 4 small images "
+        "Try the recipe in seconds: two updates of at most 4 small images a process "
         "of sklearn/digits, everything else as it is (not in timm).",
     ),
 )

@@ -33,11 +33,6 @@ def uses_prefetcher(args: argparse.Namespace, device: torch.device) -> bool:
     return not args.no_prefetcher and device.type in _PREFETCH_DEVICES
 
 
-def set_epoch(loader: ImageLoader, epoch: int, start: int = 0) -> None:
-    """Makes the next iteration of a training loader give this epoch from micro-batch `start` on."""
-    loader.set_epoch(epoch, start)
-
-
 def default_image_mode(channels: int) -> str:
     """The PIL mode of images for a model with this many input channels.
 

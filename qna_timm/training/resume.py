@@ -131,7 +131,7 @@ def restore(
         _logger.warning("%s has no averaged weights: the average starts at its weights", path)
     _restore_own(trainer, state)
     trainer.num_updates, trainer.skipped = state["num_updates"], state["skipped"]
-    trainer.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+    trainer.skipped_in_a_row = state["skipped_in_a_row"]
     if with_optimizer:
         _restore_optimizer(trainer, state, path)
         trainer.precision.scaler.load_state_dict(state["scaler"])
@@ -231,4 +231,4 @@ def _restore_plateau(trainer: Trainer, state: Mapping[str, Any]) -> None:
     now, was = trainer.optimizer.param_groups, state["optimizer"]["param_groups"]
     # A learning rate that the flags have changed has no noise yet.
     if [group["lr"] for group in now] == [group["lr"] for group in was]:
-        schedule.restore_lr = saved.get("restore_lr")
+        schedule.restore_lr = saved["restore_lr"]

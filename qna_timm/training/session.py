@@ -97,7 +97,7 @@ class Session:
         position = resume.restore(self.run.trainer, state, path, with_optimizer=with_optimizer)
         self.position = self._in_own_updates(position, state.get("plan"))
         self.rows, self._bad_images = list(state["rows"]), list(state["bad_images"])
-        self._epoch_written = state.get("epoch_written", True)
+        self._epoch_written = state["epoch_written"]
         if self.run.plan and state.get("plan") == self.run.plan._asdict():
             self._images_asked = images_asked(state)
         by_choice = Path(self.run.args.resume).name == PREVIOUS_NAME  # the last may be whole

@@ -61,11 +61,6 @@ class ShardPlan(NamedTuple):
         step = self.update_shards(update)
         return range(first, first + step * self.batch_size, step)
 
-    def shard_at(self, position: int) -> int:
-        """The shard that a position of the epoch's order belongs to."""
-        update, place = divmod(position, self.shards_per_update * self.batch_size)
-        return update * self.shards_per_update + place % self.update_shards(update)
-
 
 def plan_shards(
     num_images: int,

@@ -32,7 +32,7 @@ _PANEL, _GAPS, _MARGINS = (2.7, 2.1), (0.35, 0.6), Margins(0.7, 0.15, 0.95, 0.75
 
 
 def span_lines(spans: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each layer: ``layers.0.0.attn: spans 0.50 1.23 0.00 3.10 px, kernel 11``."""
+    """A line for each layer: ``stages.0.0.spatial: spans 0.50 1.23 0.00 3.10 px, kernel 11``."""
     for name, layer in spans.items():
         pixels = " ".join(f"{value:.2f}" for value in layer["span_px"])
         yield f"{name}: spans {pixels} px, kernel {layer['kernel']}"

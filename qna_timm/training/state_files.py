@@ -63,22 +63,9 @@ def load_state(path: Path) -> dict[str, Any]:
     return _read(path, with_tensors=True)
 
 
-def load_state_or_previous(path: Path) -> tuple[dict[str, Any], Path]:
-    """Read the state of a file or, should that be damaged, the one before it.
-
-    Returns:
-        The state, its tensors on the CPU, and the file that it is from.
-
-    Raises:
-        UsageError: See `whole_state`.
-    """
-    path = whole_state(path)
-    return _read(path, with_tensors=True), path
-
-
 def read_state_header(path: Path) -> dict[str, Any]:
-    """A state without its tensors, with None in their places; from the file that
-    `load_state_or_previous` would read.
+    """A state without its tensors, with None in their places, from the file that `whole_state`
+    names.
 
     Raises:
         UsageError: See `whole_state`.

@@ -33,11 +33,7 @@ from test_files_killed import STAGES, check_goes_on
 
 from qna_timm.training.errors import UsageError
 from qna_timm.training.session import Session
-from qna_timm.training.state_files import (
-    PREVIOUS_NAME,
-    STATE_NAME,
-    load_state_or_previous,
-)
+from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, load_state, whole_state
 
 HERE = Path(__file__).resolve().parent
 ELASTIC = Case(f"--model test_vit {EVERYTHING} --checkpoint-interval 1", 2, elastic=True)
@@ -209,7 +205,8 @@ class Stress:
             for version in versions:
                 path.write_bytes(version)
                 results["tried"] += 1
-                state, used = load_state_or_previous(path)
+                used = whole_state(path)
+                state = load_state(used)
                 results["survived"] += used.name == PREVIOUS_NAME
                 results["identical"] += state["position"]["updates"] == 1
             path.write_bytes(whole)

@@ -62,7 +62,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def batches(loader: loaders.ImageLoader, epoch: int) -> list[torch.Tensor]:
-    data.set_epoch(loader, epoch)
+    loader.set_epoch(epoch)
     return [torch.cat([x.flatten(1), y[:, None]], dim=1) for x, y in loader]
 
 
@@ -212,7 +212,7 @@ class TestTrainLoader:
         plain, multi = self.loader(), self.loader("--use-multi-epochs-loader", "-j", "1")
         for epoch in (3, 4):
             assert_same(batches(multi, epoch), batches(plain, epoch))
-        data.set_epoch(multi, 5)
+        multi.set_epoch(5)
         next(iter(multi))
         assert_same(batches(multi, 6), batches(plain, 6))
 
@@ -273,7 +273,7 @@ class TestTrainLoader:
         mixed = [target for _, target in loader]
         assert all(((t > 0) & (t < 1)).any() for t in mixed)
         loader.mixup_enabled = False
-        data.set_epoch(loader, 1)
+        loader.set_epoch(1)
         assert all(set(target.unique().tolist()) == {0.0, 1.0} for _, target in loader)
 
     def test_mixing_is_reproducible(self) -> None:

@@ -180,16 +180,6 @@ def test_the_plan_counts_not_the_processes(digits, caplog):
     assert refusal(state, parse(), digits).startswith("processes 2 -> 1;")
 
 
-def test_state_of_an_earlier_version_resumes_with_one_warning(digits, caplog):
-    saved = as_yaml_dict(parse())
-    for key in ("checkpoint_interval", "dist_timeout", "resume_anyway"):
-        del saved[key]
-    check_exact("a", {"args": saved}, parse(), identity(digits))
-    (record,) = caplog.records
-    assert "earlier version" in record.getMessage() and record.levelname == "WARNING"
-    assert "--seed 42 -> 1" in refusal({"args": saved}, parse("--seed", "1"), digits)
-
-
 def test_versions_that_differ():
     now = versions(CPU)
     was = {**now, "pillow": "1.0", "device": "cuda", "libjpeg": "9"}

@@ -24,7 +24,6 @@ from qna_timm.training.state_files import (
     STATE_NAME,
     find_state,
     load_state,
-    load_state_or_previous,
     read_state_header,
     save_state,
     whole_state,
@@ -84,8 +83,8 @@ def test_fall_back_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) 
     path.write_bytes(whole)
     with caplog.at_level(logging.WARNING):
         assert read_state_header(path)["position"] == {"epoch": 2, "updates": 1}
-        state, used = load_state_or_previous(path)
-    assert used.name == PREVIOUS_NAME and state["position"]["updates"] == 1
+        used = whole_state(path)
+    assert used.name == PREVIOUS_NAME and load_state(used)["position"]["updates"] == 1
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: damaged (its content does not match its digest; saved after update 2 of epoch"
         f" 3): going on from {PREVIOUS_NAME}, the state before it"
@@ -96,8 +95,8 @@ def test_fall_back_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) 
 
 def test_missing_last_state(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / STATE_NAME).unlink()
-    state, path = load_state_or_previous(find_state(str(folder)))
-    assert path.name == PREVIOUS_NAME and state["position"]["updates"] == 1
+    path = whole_state(find_state(str(folder)))
+    assert path.name == PREVIOUS_NAME and load_state(path)["position"]["updates"] == 1
     assert "No such file" in caplog.text
     path.unlink()
     with pytest.raises(UsageError, match=f"no {STATE_NAME} in this folder"):
@@ -111,7 +110,7 @@ def test_both_states_damaged(folder: Path) -> None:
         r"run/last\.state\.safetensors: damaged \(.*0 bytes\), and so is previous\.state"
         r"\.safetensors \(7 bytes missing; saved after update 1 of epoch 3\)"
     )
-    for read in (load_state_or_previous, read_state_header):
+    for read in (whole_state, read_state_header):
         with pytest.raises(UsageError, match=pattern):
             read(folder / STATE_NAME)
 
@@ -119,12 +118,12 @@ def test_both_states_damaged(folder: Path) -> None:
 def test_other_state_files_are_not_replaced(folder: Path) -> None:
     named = folder / "mine.state.safetensors"
     named.write_bytes((folder / STATE_NAME).read_bytes())
-    assert load_state_or_previous(named)[1] == named
+    assert whole_state(named) == named
     assert read_state_header(named)["model"] == {"weight": None, "bias": None}
     for path in (named, folder / PREVIOUS_NAME):
         path.write_bytes(path.read_bytes()[:-1])
         with pytest.raises(UsageError, match=f"{path.name}: damaged"):
-            load_state_or_previous(path)
+            whole_state(path)
 
 
 def test_state_must_have_a_digest(folder: Path) -> None:
@@ -273,7 +272,8 @@ def test_damaged_last_state_never_costs_the_previous(tmp_path: Path) -> None:
                 pass
             else:
                 break
-        assert load_state_or_previous(folder / STATE_NAME)[0]["position"]["updates"] in (1, 3)
+        state = load_state(whole_state(folder / STATE_NAME))
+        assert state["position"]["updates"] in (1, 3)
     assert number > 12
 
 

@@ -11,7 +11,7 @@ import pytest
 from faulty_calls import small_state, updates_in
 
 from qna_timm.training.files import remove_leftovers
-from qna_timm.training.state_files import STATE_NAME, load_state_or_previous, save_state
+from qna_timm.training.state_files import STATE_NAME, load_state, save_state, whole_state
 
 SCRIPT = Path(__file__).parent / "save_faults.py"
 # What can be seen of the states (previous, last) after a third save that was cut short: nothing of
@@ -48,8 +48,8 @@ def check_goes_on(folder: Path) -> list[int]:
     """The states seen, after which a run must be able to go on and save again."""
     remove_leftovers(folder)
     updates = updates_in(folder)
-    state, path = load_state_or_previous(folder / STATE_NAME)
-    assert path.name == STATE_NAME and state["position"]["updates"] == updates[1]
+    path = whole_state(folder / STATE_NAME)
+    assert path.name == STATE_NAME and load_state(path)["position"]["updates"] == updates[1]
     assert len(list(folder.iterdir())) == 2
     save_state(folder / STATE_NAME, small_state(4))
     assert updates_in(folder) == [updates[1], 4]

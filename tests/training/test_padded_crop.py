@@ -52,7 +52,7 @@ def batch(*argv: str, epoch: int = 0, splits: int = 0) -> tuple[np.ndarray, np.n
     loader = data.create_train_loader(
         dataset, flags(*argv), CONFIG, device=CPU, num_aug_splits=splits
     )
-    data.set_epoch(loader, epoch)
+    loader.set_epoch(epoch)
     inputs, target = next(iter(loader))
     pixels = ((inputs * 0.5 + 0.5) * 255).round().permute(0, 2, 3, 1)
     return pixels.to(torch.uint8).numpy(), target.numpy()

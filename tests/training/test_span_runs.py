@@ -225,7 +225,7 @@ def test_picture_has_a_panel_a_layer_and_a_line_a_head(
 
 
 def test_epochs_without_spans_are_passed_over(tmp_path: Path) -> None:
-    """Such as those of a state that an earlier version saved."""
+    """They have no rows in the table and no place in the picture."""
     plain = report.summary_row(0, {"loss": 1.0}, {}, 0.1)
     span_report.write_spans(tmp_path, [plain], "title")
     assert not list(tmp_path.iterdir())
