@@ -245,6 +245,9 @@ class GramianHead(nn.Module):
                 (its ConvNeXt models), or 'default', PyTorch's initialisation (its CSWin models).
                 They are gram_proj, gram_embed, grouped MLPs, the class attention's MLP and
                 depthwise convolutions.
+
+        Raises:
+            ValueError: an unknown conv_init.
         """
         if conv_init not in CONV_INITS:
             raise ValueError(f"conv_init must be one of {CONV_INITS}, got {conv_init!r}")

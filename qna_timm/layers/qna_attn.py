@@ -64,6 +64,10 @@ class LearnedQueryAttention(nn.Module):
             `timm.layers.set_fused_attn(False)`.
 
     Shape: [B, H, W, D] -> [B, Y, X, dim_out].
+
+    Raises:
+        ValueError: a size below 1, padding that is not below kernel_size, heads that do not divide
+            dim_attn, an unknown pos_embed or query_weight.
     """
 
     fused_attn: Final[bool]

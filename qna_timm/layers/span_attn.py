@@ -45,6 +45,9 @@ class AdaptiveSpan(nn.Module):
         exact_radius: Round the product span * max_span to float32 before taking its ceiling, and a
             fractional radius up. The released code does neither: a span of 0.2, in float32 a little
             more, runs one ring more, without weight, and a span_ramp of 2.3 drops a ring with one.
+
+    Raises:
+        ValueError: max_span below 1 or not whole, span_ramp not above 0, span_init not in 0..1.
     """
 
     def __init__(

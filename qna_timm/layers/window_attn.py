@@ -21,7 +21,11 @@ def _table_side(window_size: tuple[int, int]) -> tuple[int, int]:
 def stage_windows(
     window_size: Size2 | Sequence[Size2], num_stages: int
 ) -> tuple[tuple[int, int], ...]:
-    """One (height, width) per stage from an int, or a sequence with an int or pair per stage."""
+    """One (height, width) per stage from an int, or a sequence with an int or pair per stage.
+
+    Raises:
+        ValueError: another number of entries, or sides below 1.
+    """
     if isinstance(window_size, int):
         window_size = (window_size,) * num_stages
     if len(window_size) != num_stages:
@@ -76,6 +80,9 @@ class WindowAttention(nn.Module):
         proj_drop: Dropout after the output projection.
 
     Shape: [B, H, W, dim] -> [B, H, W, dim_attn], any H and W.
+
+    Raises:
+        ValueError: heads that do not divide dim_attn.
     """
 
     fused_attn: torch.jit.Final[bool]

@@ -102,6 +102,10 @@ class QnAViT(nn.Module):
         drop_path_downsample: Strided blocks take a step of that rise (and drop their MLP branch).
         act_layer: Activation of MLPs.
         norm_layer: Normalisation over channels.
+
+    Raises:
+        ValueError: lists that are not one entry for each stage, sizes below 1, an unknown kind of
+            stem, head or table.
     """
 
     def __init__(
@@ -319,6 +323,9 @@ class QnAViT(nn.Module):
         Args:
             img_size: New image size; the current one if None.
             window_size: New windows, for all stages or each.
+
+        Raises:
+            ValueError: sides below 1, or windows for another number of stages.
         """
         new_size = self.img_size if img_size is None else tuple(to_2tuple(img_size))
         if min(new_size) < 1:

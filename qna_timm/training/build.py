@@ -38,7 +38,11 @@ _logger = logging.getLogger(__name__)
 def choose_classes(
     args: argparse.Namespace, dataset: Dataset
 ) -> tuple[int | None, list[str] | None]:
-    """Number of classes for the model (None: its own) and the classes' names."""
+    """Number of classes for the model (None: its own) and the classes' names.
+
+    Raises:
+        UsageError: ``--num-classes`` is less than what the data has.
+    """
     found, names = dataset_classes(dataset)
     if args.num_classes is None or found is None:
         return args.num_classes or found, names
@@ -313,7 +317,11 @@ def script(model: nn.Module, name: str) -> nn.Module:
 
 
 def input_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """Size, normalisation and crop of the images, from flags and model."""
+    """Size, normalisation and crop of the images, from flags and model.
+
+    Raises:
+        UsageError: flags that do not go together.
+    """
     try:
         return resolve_input_data_config(model, vars(args))
     except (ValueError, AssertionError) as error:
