@@ -194,7 +194,7 @@ def test_transforms_are_right_or_left_alone(
     monkeypatch.setattr(qna_native, "TRANSFORMS", qna_native.ALWAYS)
     left = []
     for spread in (0.1, 1.0, 2.0, 4.0, 8.0, 300.0):
-        (scores, value, bias, weight), args = problem(size)
+        (scores, value, bias, weight), args = problem(size, 0.5)
         if kind == "tower":
             scores[:, 5, 5] += 3 * spread
         elif kind == "bias":

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ladders import needs_native
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -404,3 +405,34 @@ def test_window_attention(size: tuple, window: tuple, fused: bool) -> None:
     table = torch.randn(rows, 2, generator=gen, dtype=torch.float64)
     wanted = plain_window_attention(qkv, table, 2, window)
     torch.testing.assert_close(window_attention(qkv, table, 2, window, fused), wanted)
+
+
+def plateau(side: int, drop: float) -> tuple[Tensor, Tensor]:
+    """Scores and value of a map whose last rows and columns score `drop` less than the others."""
+    gen = torch.Generator().manual_seed(0)
+    scores = 0.05 * torch.randn(1, side, side, 1, 1, generator=gen)
+    scores[:, -side // 4 :] -= drop
+    scores[:, : -side // 4, -side // 4 :] -= drop
+    return scores, 1 + 0.1 * torch.randn(1, side, side, 2, generator=gen)
+
+
+@pytest.mark.parametrize("impl", ["exact", "fft", "native"])
+@pytest.mark.parametrize("drop", [2.0, 4.5, 10.0])
+def test_sums_of_thousands(impl: str, drop: float) -> None:
+    """Of small numbers beside large ones, or through transforms that are one large number."""
+    if impl == "native":
+        needs_native()
+    scores, value = plateau(128, drop)
+    box = torch.ones(1, 1, 1, 63, dtype=torch.float64)
+    attn = (scores[..., 0, 0] - scores.max()).double().exp()
+    weighted = torch.cat([attn[None], attn * value.double().permute(3, 0, 1, 2)])
+    below, *above = F.conv2d(
+        F.conv2d(weighted, box, padding=(0, 31)), box.transpose(2, 3), padding=(31, 0)
+    )
+    wanted = torch.stack([x / below for x in above], dim=3)
+    try:
+        found = qna_attention(scores, value, None, None, (63, 63), 1, 31, impl=impl)
+    except ValueError as error:
+        assert impl == "fft" and drop > 2 and "out of its range" in str(error)
+        return
+    assert (found - wanted).abs().max() <= 3e-5 * wanted.abs().max()

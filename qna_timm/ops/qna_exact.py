@@ -9,11 +9,27 @@ K offsets.
 """
 
 from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from qna_timm.ops.qna_windows import Windows, window_max
+
+# Of a sum that are added one after the other: in a sum of thousands small numbers would leave their
+# last digits, all in the same way.
+MOST_ADDENDS = 256
+
+
+def in_parts(total: Tensor, count: int) -> Iterator[Tensor]:
+    """For each of `count` addends the tensor to add it to; at the end `total` has them all."""
+    if count <= MOST_ADDENDS:
+        yield from repeat(total, count)
+        return
+    for first in range(0, count, MOST_ADDENDS):
+        part = torch.zeros_like(total)
+        yield from repeat(part, min(MOST_ADDENDS, count - first))
+        total += part
 
 
 class ExactWindows:
@@ -30,8 +46,9 @@ class ExactWindows:
         for logits in self._logits():
             torch.maximum(self.top, logits, out=self.top)
         self.total = torch.zeros_like(self.shift)
-        for logits in self._logits():
-            self.total += (logits - self.top).exp_()
+        parts = in_parts(self.total, windows.num_offsets)
+        for part, logits in zip(parts, self._logits(), strict=True):
+            part += (logits - self.top).exp_()
 
     def _logits(self) -> Iterator[Tensor]:
         for offset, seen in enumerate(self.windows.shifts(self.scores)):
@@ -62,9 +79,10 @@ def exact_forward(
     softmax = ExactWindows(scores, rel_pos_bias, windows)
     seen = windows.shifts(windows.framed(heads))
     out = torch.zeros_like(softmax.shift[:, :, :, 0, :, None] * heads.new_zeros(heads.shape[4]))
-    for offset, (attn, tokens) in enumerate(zip(softmax.attn(), seen, strict=True)):
+    walks = (in_parts(out, windows.num_offsets), softmax.attn(), seen)
+    for offset, (part, attn, tokens) in enumerate(zip(*walks, strict=True)):
         weight = (attn * _row(query_weight, offset)).sum(dim=3)
-        out.addcmul_(weight.unsqueeze(4), tokens)
+        part.addcmul_(weight.unsqueeze(4), tokens)
     return out
 
 
@@ -86,11 +104,10 @@ def exact_backward(
     softmax = ExactWindows(scores, rel_pos_bias, windows)
     framed = windows.framed(heads)
     mean = torch.zeros_like(softmax.shift)
-    for offset, (attn, tokens) in enumerate(
-        zip(softmax.attn(), windows.shifts(framed), strict=True)
-    ):
+    walks = (in_parts(mean, windows.num_offsets), softmax.attn(), windows.shifts(framed))
+    for offset, (part, attn, tokens) in enumerate(zip(*walks, strict=True)):
         product = (grad * tokens).sum(dim=4).unsqueeze(3)  # n, Y, X, 1, h
-        mean += attn * product * _row(query_weight, offset)
+        part += attn * product * _row(query_weight, offset)
 
     grad_scores = torch.zeros_like(softmax.scores)
     grad_value = torch.zeros_like(framed)

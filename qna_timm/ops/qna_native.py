@@ -14,7 +14,7 @@ from qna_timm.ops.native import Call, address, in_float32, load_library
 from qna_timm.ops.qna_windows import Windows
 
 # Of `native/qna.cpp`; to be raised on both sides with every change of what is compiled.
-VERSION = 5
+VERSION = 6
 MOST_CHANNELS = 64
 # Whether windows' sums come from Fourier transforms: never, where that is faster, always.
 NEVER, WHERE_FASTER, ALWAYS = range(3)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qna_timm.ops.fourier import PEAK
+from qna_timm.ops.fourier import COMMON_ROUNDINGS, PEAK
 from qna_timm.ops.qna_windows import Windows
 from qna_timm.ops.workspace import Workspace
 
@@ -63,7 +63,8 @@ class WindowSums(ABC):
     """Forward and backward of a few images; how maps lie and how sums are computed is the form's.
 
     A form that mixes all of a map has errors relative to the whole map: of a sum,
-    |error| <= noise * |map| * |table|, norms over positions and over offsets.
+    |error| <= noise * |map| * |table| and some roundings of a sum of mean size; norms over
+    positions and over offsets.
     """
 
     # of sums, and of gradients of tables; 0 where sums are as exact as any
@@ -145,8 +146,11 @@ class WindowSums(ABC):
         if not self.noise:
             return bool(below.amin() >= SMALLEST_SUM)  # not so for NaN
         error = self.norms("attn", attn).flatten(1) * norm(self.tables.below, (0,)).flatten()
-        lost = (error * (self.noise * PEAK / (OUT_TOLERANCE * self.eps))).clamp(min=SMALLEST_SUM)
-        return bool((below.amin(dim=self.positions).flatten(1) >= lost).all())
+        count = self.out_size[0] * self.out_size[1]
+        size = norm(below, self.positions).flatten(1) / math.sqrt(count)
+        error = error * (self.noise * PEAK) + size * (COMMON_ROUNDINGS * self.eps)
+        lost = (error / (OUT_TOLERANCE * self.eps)).clamp(min=SMALLEST_SUM)
+        return bool((below.amin(self.positions).flatten(1) >= lost).all())
 
     def forward(self, scores: Tensor, value: Tensor) -> Tensor | None:
         """[n, Y, X, h, d] of scores [n, H, W, Q, h], value [n, H, W, C]; None: out of range."""

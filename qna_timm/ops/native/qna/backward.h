@@ -65,16 +65,21 @@ void measure(const Problem &p, const Shared &shared, const Head &at, const Seen<
         find_tops<EXACT>(p, seen, factors, y, x, norm);
         Vec own[DIM ? DIM : MOST_CHANNELS], total[NQ] = {}, mean[NQ] = {};
         load_all(grad + x, p.out_plane(1), dim, own);
-        each_offset(p, y, x, [&](int64_t o, int64_t token) {
-            Vec value[DIM ? DIM : MOST_CHANNELS];
-            load_all(seen.values + token, seen.plane, dim, value);
-            const Vec slope = product(own, value, dim);
-            for (int q = 0; q < NQ; q++) {
-                const Vec e = load(seen.e[q] + token);
-                const Vec part = power<EXACT>(e, factors.bias[q][o], norm.shift[q], norm.top[q]);
-                total[q] += part * factors.below[q][o];
-                mean[q] += part * factors.above[q][o] * slope;
-            }
+        each_part(p, p.kernel_h, [&](const Rows &of) {
+            Vec part[NQ] = {}, part_mean[NQ] = {};
+            each_offset(p, y, x, of, [&](int64_t o, int64_t token) {
+                Vec value[DIM ? DIM : MOST_CHANNELS];
+                load_all(seen.values + token, seen.plane, dim, value);
+                const Vec slope = product(own, value, dim);
+                for (int q = 0; q < NQ; q++) {
+                    const Vec e = load(seen.e[q] + token);
+                    const Vec attn =
+                        power<EXACT>(e, factors.bias[q][o], norm.shift[q], norm.top[q]);
+                    part[q] += attn * factors.below[q][o];
+                    part_mean[q] += attn * factors.above[q][o] * slope;
+                }
+            });
+            for (int q = 0; q < NQ; q++) total[q] += part[q], mean[q] += part_mean[q];
         });
         for (int q = 0; q < NQ; q++) {
             float *to = rows[q] + p.lead + x;

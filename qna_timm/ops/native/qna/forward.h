@@ -12,13 +12,13 @@ template <bool EXACT, int DIM> constexpr int rows_at_once() {
     return !EXACT && DIM == 8 && LANES == 16 ? 2 : 1;
 }
 
-// Calls `visit(first, end, o, place in a plane)` for every token that the windows at place x of
-// ROWS rows from y on see: rows from `first` to `end` of them, constants, at offset o of the first
-// row's windows and a row of offsets less in each after it.
+// Calls `visit(first, end, o, place in a plane)` for every token, in some rows of them, that the
+// windows at place x of ROWS rows from y on see: rows from `first` to `end` of them, constants, at
+// offset o of the first row's windows and a row of offsets less in each after it.
 template <int ROWS, class Visit>
-inline void each_token(const Problem &p, int64_t y, int64_t x, Visit visit) {
+inline void each_token(const Problem &p, int64_t y, int64_t x, const Rows &of, Visit visit) {
     if constexpr (ROWS == 1) {
-        each_offset(p, y, x, [&](int64_t o, int64_t at) {
+        each_offset(p, y, x, of, [&](int64_t o, int64_t at) {
             visit(Constant<0>(), Constant<1>(), o, at);
         });
     } else {
@@ -27,10 +27,18 @@ inline void each_token(const Problem &p, int64_t y, int64_t x, Visit visit) {
             const int64_t at = (y + ky) * p.row() + x, o = ky * p.kernel_w;
             for (int64_t kx = 0; kx < p.kernel_w; kx++) visit(first, end, o + kx, at + kx);
         };
-        row(Constant<0>(), Constant<1>(), 0);
-        for (int64_t ky = 1; ky < p.kernel_h; ky++) row(Constant<0>(), Constant<2>(), ky);
-        row(Constant<1>(), Constant<2>(), p.kernel_h);
+        const int64_t end = std::min(of.end, p.kernel_h);
+        if (of.first == 0) row(Constant<0>(), Constant<1>(), 0);
+        for (int64_t ky = std::max<int64_t>(1, of.first); ky < end; ky++) {
+            row(Constant<0>(), Constant<2>(), ky);
+        }
+        if (of.end > p.kernel_h) row(Constant<1>(), Constant<2>(), p.kernel_h);
     }
+}
+
+// Calls `run(rows)` for parts of the rows of tokens that ROWS rows of windows see.
+template <int ROWS, class Run> inline void each_part_seen(const Problem &p, Run run) {
+    each_part(p, p.kernel_h + ROWS - 1, run);
 }
 
 template <bool EXACT, int NQ, int ROWS>
@@ -38,16 +46,22 @@ inline void find_norms(const Problem &p, const Seen<NQ> &seen, const Factors<EXA
                        int64_t y, int64_t x, Norm<NQ> *norms) {
     for (int r = 0; r < ROWS; r++) find_tops<EXACT>(p, seen, factors, y + r, x, norms[r]);
     Vec total[ROWS][NQ] = {};
-    each_token<ROWS>(p, y, x, [&](auto first, auto end, int64_t o, int64_t at) {
-        for (int q = 0; q < NQ; q++) {
-            const Vec e = held(load(seen.e[q] + at));
-            for (int r = first; r < end; r++) {
-                const int64_t own = o - r * p.kernel_w;
-                const Norm<NQ> &norm = norms[r];
-                const Vec part =
-                    power<EXACT>(e, factors.bias[q][own], norm.shift[q], norm.top[q]);
-                total[r][q] += part * factors.below[q][own];
+    each_part_seen<ROWS>(p, [&](const Rows &rows) {
+        Vec part[ROWS][NQ] = {};
+        each_token<ROWS>(p, y, x, rows, [&](auto first, auto end, int64_t o, int64_t at) {
+            for (int q = 0; q < NQ; q++) {
+                const Vec e = held(load(seen.e[q] + at));
+                for (int r = first; r < end; r++) {
+                    const int64_t own = o - r * p.kernel_w;
+                    const Norm<NQ> &norm = norms[r];
+                    const Vec attn =
+                        power<EXACT>(e, factors.bias[q][own], norm.shift[q], norm.top[q]);
+                    part[r][q] += attn * factors.below[q][own];
+                }
             }
+        });
+        for (int r = 0; r < ROWS; r++) {
+            for (int q = 0; q < NQ; q++) total[r][q] += part[r][q];
         }
     });
     for (int r = 0; r < ROWS; r++) {
@@ -63,30 +77,32 @@ void attend_rows(const Problem &p, const Seen<NQ> &seen, const Factors<EXACT, NQ
     for (int64_t x = 0; x < p.window_places; x += LANES) {
         Norm<NQ> norms[ROWS];
         find_norms<EXACT, NQ, ROWS>(p, seen, factors, y, x, norms);
-        Vec found[ROWS][DIM ? DIM : MOST_CHANNELS];
-        for (int r = 0; r < ROWS; r++) std::fill(found[r], found[r] + dim, Vec{});
-        each_token<ROWS>(p, y, x, [&](auto first, auto end, int64_t o, int64_t token) {
-            Vec weight[ROWS] = {};
-            for (int q = 0; q < NQ; q++) {
-                const Vec e = held(load(seen.e[q] + token));
-                for (int r = first; r < end; r++) {
-                    const int64_t own = o - r * p.kernel_w;
-                    const Norm<NQ> &norm = norms[r];
-                    const Vec part =
-                        power<EXACT>(e, factors.bias[q][own], norm.shift[q], norm.top[q]);
-                    weight[r] += part * factors.above[q][own] * norm.inverse[q];
+        each_part_seen<ROWS>(p, [&](const Rows &rows) {
+            Vec found[ROWS][DIM ? DIM : MOST_CHANNELS];
+            for (int r = 0; r < ROWS; r++) std::fill(found[r], found[r] + dim, Vec{});
+            each_token<ROWS>(p, y, x, rows, [&](auto first, auto end, int64_t o, int64_t token) {
+                Vec weight[ROWS] = {};
+                for (int q = 0; q < NQ; q++) {
+                    const Vec e = held(load(seen.e[q] + token));
+                    for (int r = first; r < end; r++) {
+                        const int64_t own = o - r * p.kernel_w;
+                        const Norm<NQ> &norm = norms[r];
+                        const Vec attn =
+                            power<EXACT>(e, factors.bias[q][own], norm.shift[q], norm.top[q]);
+                        weight[r] += attn * factors.above[q][own] * norm.inverse[q];
+                    }
                 }
-            }
-            const float *value = seen.values + token;
-            for (int c = 0; c < dim; c++) {
-                const Vec v = held(load(value + c * seen.plane));
-                for (int r = first; r < end; r++) found[r][c] += weight[r] * v;
+                const float *value = seen.values + token;
+                for (int c = 0; c < dim; c++) {
+                    const Vec v = held(load(value + c * seen.plane));
+                    for (int r = first; r < end; r++) found[r][c] += weight[r] * v;
+                }
+            });
+            for (int r = 0; r < ROWS; r++) {
+                float *to = out + (y + r) * p.window_places + x;
+                for (int c = 0; c < dim; c++, to += out_plane) store(to, load(to) + found[r][c]);
             }
         });
-        for (int r = 0; r < ROWS; r++) {
-            float *to = out + (y + r) * p.window_places + x;
-            for (int c = 0; c < dim; c++, to += out_plane) store(to, load(to) + found[r][c]);
-        }
     }
 }
 

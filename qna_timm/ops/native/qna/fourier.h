@@ -15,9 +15,9 @@
 
 namespace qna {
 
-// Errors of whole maps over what a random walk of roundings would leave, and the largest error of a
-// map over that.
-constexpr float DEVIATIONS = 8, PEAK = 4;
+// Errors of whole maps over what a random walk of roundings would leave, the largest error of a map
+// over that, and roundings of a D of mean size that all D share; see fourier.py.
+constexpr float DEVIATIONS = 8, PEAK = 4, COMMON_ROUNDINGS = 8;
 // What may be wrong of an output, as a part of a head's largest number, and of gradients, of their
 // norm.
 constexpr float OUT_TOLERANCE = 420 * FLT_EPSILON, GRAD_TOLERANCE = 4200 * FLT_EPSILON;

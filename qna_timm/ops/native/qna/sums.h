@@ -259,7 +259,7 @@ inline void sum_attn(const Fourier &f, const Desk &at, const Inputs &in, const S
                      int64_t image, int64_t pack) {
     const Problem &p = f.p;
     const Complex *below = f.below + pack * f.grid.spectrum;
-    Vec least = splat(INFINITY), most = Vec{};
+    Vec least = splat(INFINITY), mean = Vec{}, most = Vec{};
     for (int64_t n = 0; n < LANES && !f.grid.sees_all(); n++) {
         std::fill_n(f.attn.at(image, pack * LANES + n), f.attn.plane, 0.0f);
     }
@@ -271,15 +271,18 @@ inline void sum_attn(const Fourier &f, const Desk &at, const Inputs &in, const S
                        rows_of(at.tokens, tile.tokens, square));
         most = larger_or_none(most, square);
         filter(at, down.tokens, at.plane, [=](int64_t n) { return below[n]; });
+        Vec total = Vec{};
         const auto put = [&](int64_t y, auto sums) {
             Vec *to = at.windows + y * tile.windows.cols;
             for (int64_t x = 0; x < tile.windows.cols; x++) {
                 const Vec sum = sums(x);
                 least = sum < least ? sum : least;
+                total += sum * sum;
                 to[x] = 1.0f / sum;
             }
         };
         transform_rows_back(at, down.windows, across.windows, at.plane, put);
+        mean = larger(mean, total / float(tile.windows.count()));
         put_pack(at.tokens, tile.tokens, f.attn, image, pack);
         put_pack(at.windows, tile.windows, f.inverse, image, pack);
     });
@@ -289,7 +292,8 @@ inline void sum_attn(const Fourier &f, const Desk &at, const Inputs &in, const S
         magnitudes[n] = Magnitudes{};
         magnitudes[n].attn = most[n];
         magnitudes[n].least_sum = least[n];
-        magnitudes[n].sum_error = norm * f.grid.noise() * PEAK / least[n];
+        const float common = COMMON_ROUNDINGS * FLT_EPSILON * std::sqrt(mean[n]);
+        magnitudes[n].sum_error = (norm * f.grid.noise() * PEAK + common) / least[n];
     }
 }
 

@@ -8,6 +8,9 @@
 
 namespace qna {
 
+// Of a sum in float32 that are added one after the other.
+constexpr int64_t MOST_ADDENDS = 256;
+
 // Factors of the queries of a head.
 template <bool EXACT, int NQ> struct Factors {
     const float *below[NQ], *above[NQ], *bias[NQ];
@@ -44,11 +47,26 @@ template <int NQ> struct Seen {
     }
 };
 
-// Calls `visit(o, place in a plane)` for every offset of the windows at place x of row y.
+// Rows of a window's offsets.
+struct Rows {
+    int64_t first, end;
+};
+
+// Calls `run(rows)` for parts of so many rows of offsets that are summed each for itself: added one
+// by one to a sum of thousands, small numbers would leave their last digits, all in the same way.
+template <class Run> inline void each_part(const Problem &p, int64_t rows, Run run) {
+    const int64_t most = std::max<int64_t>(1, MOST_ADDENDS / p.kernel_w);
+    for (int64_t first = 0; first < rows; first += most) {
+        run(Rows{first, std::min(rows, first + most)});
+    }
+}
+
+// Calls `visit(o, place in a plane)` for every offset, in some rows, of the windows at place x of
+// row y.
 template <class Visit>
-inline void each_offset(const Problem &p, int64_t y, int64_t x, Visit visit) {
-    int64_t o = 0;
-    for (int64_t ky = 0; ky < p.kernel_h; ky++) {
+inline void each_offset(const Problem &p, int64_t y, int64_t x, const Rows &of, Visit visit) {
+    int64_t o = of.first * p.kernel_w;
+    for (int64_t ky = of.first; ky < of.end; ky++) {
         const int64_t row = (y * p.stride + ky) * p.row() + x;
         if (p.stride == 1) {
             for (int64_t kx = 0; kx < p.kernel_w; kx++) visit(o++, row + kx);
@@ -64,11 +82,12 @@ template <bool EXACT, int NQ>
 inline void find_tops(const Problem &p, const Seen<NQ> &seen, const Factors<EXACT, NQ> &factors,
                       int64_t y, int64_t x, Norm<NQ> &norm) {
     if (!EXACT) return;
+    const Rows all = {0, p.kernel_h};
     for (int q = 0; q < NQ; q++) norm.shift[q] = norm.top[q] = splat(-INFINITY);
-    each_offset(p, y, x, [&](int64_t, int64_t at) {
+    each_offset(p, y, x, all, [&](int64_t, int64_t at) {
         for (int q = 0; q < NQ; q++) norm.shift[q] = larger(norm.shift[q], load(seen.e[q] + at));
     });
-    each_offset(p, y, x, [&](int64_t o, int64_t at) {
+    each_offset(p, y, x, all, [&](int64_t o, int64_t at) {
         for (int q = 0; q < NQ; q++) {
             const Vec logit = load(seen.e[q] + at) - norm.shift[q] + factors.bias[q][o];
             norm.top[q] = larger(norm.top[q], logit);
