@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from golden import relative_error
+from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -155,6 +156,24 @@ def test_compiled_gradients_of_any_size(relative: bool) -> None:
         ]
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
     assert graphs.frame_count == 1
+
+
+def test_plain_products() -> None:
+    """Without fused attention the same numbers, second derivatives and forward-mode ones."""
+    fused = layer()
+    use_fused = use_fused_attn()
+    set_fused_attn(False)
+    try:
+        plain = layer()
+    finally:
+        set_fused_attn(bool(use_fused))
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(plain(x), fused(x))
+    assert torch.autograd.gradgradcheck(plain, (x[:1, :, :2, :2],))
+    tangent = torch.randn_like(x)
+    _, found = torch.func.jvp(plain, (x,), (tangent,))
+    difference = plain(x + 1e-6 * tangent) - plain(x - 1e-6 * tangent)
+    torch.testing.assert_close(found, difference / 2e-6, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize(

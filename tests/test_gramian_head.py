@@ -1,13 +1,14 @@
 """Gramian heads, all branches at once, against branches written one by one."""
 
 import copy
+import io
 from collections.abc import Callable
 
 import pytest
 import torch
 from gramian_reference import ReferenceHead
 from timm.models import create_feature_extractor
-from torch import Tensor, nn
+from torch import Tensor, func, nn
 
 from qna_timm.layers.batch_norm import SmallBatchNorm2d
 from qna_timm.layers.gram_layer import BranchDropPath
@@ -303,6 +304,59 @@ def test_captured(name: str, how: Callable) -> None:
     torch.testing.assert_close(how(copy.deepcopy(model))(x), wanted)
     how(model)(x).mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["convnext", "cswin", "none"])
+def test_traces_can_be_saved(name: str) -> None:
+    model = Network(build(name)).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, maps())
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        for loaded in (torch.jit.load(file), torch.jit.freeze(traced)):
+            torch.testing.assert_close(loaded(maps()), model(maps()))
+
+
+@pytest.mark.parametrize("name", ["convnext", "none"])
+def test_function_transforms(name: str) -> None:
+    """Several heads and gradients of each image at once; tangents, against differences."""
+    models = [Network(build(name)).double().eval() for _ in range(2)]
+    with torch.no_grad():
+        for p in models[1].parameters():
+            p.mul_(1.1)
+    x = maps().detach().double()
+    parameters, buffers = func.stack_module_state(models)
+
+    def call(parameters: dict, buffers: dict, x: Tensor) -> Tensor:
+        return func.functional_call(models[0], (parameters, buffers), (x,))
+
+    found = func.vmap(call, in_dims=(0, 0, None))(parameters, buffers, x)
+    torch.testing.assert_close(found, torch.stack([model(x) for model in models]))
+
+    def loss(x: Tensor) -> Tensor:
+        return models[0](x[None]).square().sum()
+
+    wanted = torch.stack([func.grad(loss)(image) for image in x])
+    torch.testing.assert_close(func.vmap(func.grad(loss))(x), wanted)
+    tangent = torch.randn_like(x)
+    _, found = func.jvp(models[0], (x,), (tangent,))
+    difference = models[0](x + 1e-6 * tangent) - models[0](x - 1e-6 * tangent)
+    torch.testing.assert_close(found, difference / 2e-6, rtol=1e-5, atol=1e-8)
+
+
+def test_index_without_values() -> None:
+    """PyTorch would gather anything by an index on the meta device."""
+    head = build("none").eval()
+    with torch.device("meta"):
+        other = build("none")
+    other.load_state_dict(head.state_dict(), assign=True)
+    other.eval()
+    with pytest.raises(ValueError, match=r"index is on meta, the map on cpu"):
+        other(maps())
+    other.init_non_persistent_buffers()
+    torch.testing.assert_close(other(maps()), head(maps()))
 
 
 @pytest.mark.parametrize("name", ["convnext", "none"])

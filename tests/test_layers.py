@@ -298,6 +298,7 @@ def test_batch_norm_averages_the_biased_variance() -> None:
         norm.eval()(x),
         nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias),
     )
+    assert norm.train()(x[:0]).shape == (0, 4, 5, 2)
 
 
 @pytest.mark.parametrize(

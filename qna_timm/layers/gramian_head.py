@@ -264,8 +264,9 @@ class GramianHead(nn.Module):
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
         """Positions of the triangle in a flattened Gram matrix."""
-        with torch.no_grad():
-            self.triangle.copy_(triangle_index(self.gram_dim, self.triangle.device))
+        # where the parameters are: a head that was built on meta and given some has it there still
+        device = next(self.parameters(), self.triangle).device
+        self.triangle = triangle_index(self.gram_dim, device)
 
     @torch.jit.ignore
     def reset(
@@ -315,7 +316,8 @@ class GramianHead(nn.Module):
         """Every branch's token after class attention: [B, D, H, W] -> [M, B, D]."""
         batch, _, height, width = x.shape
         branches = self.num_branches
-        x = x.contiguous(memory_format=torch.channels_last)
+        # channels-last; not contiguous(memory_format=...), which vmap does not know
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         f = self.gram_layer(self.gram_proj_norm(self.gram_proj(x)))
         f = f.view(branches, batch, height * width, self.gram_dim)
         token = self.gram_embed(gram_triangle(f, self.triangle, height).to(f.dtype))

@@ -11,11 +11,13 @@ from timm.layers import register_notrace_function, register_notrace_module, use_
 from timm.layers.weight_init import lecun_normal_, trunc_normal_
 from torch import Tensor, nn
 
+from qna_timm.layers.called import must_be_called
 from qna_timm.ops import (
     learned_query_scores,
     normalize_query,
     qna_attention,
     resize_offset_table,
+    scores_of_keys,
     stock_qna_attention,
 )
 
@@ -198,11 +200,20 @@ class LearnedQueryAttention(nn.Module):
             return (self.pos_embed.unflatten(2, (self.num_heads, -1)) * query).sum(dim=3)
         return None
 
+    def scores(self, x: Tensor, query: Tensor) -> Tensor:
+        """Of tokens [B, H, W, D] for normalised queries [Q, h, d]: [B, H, W, Q, h]."""
+        if torch.jit.is_scripting():
+            return learned_query_scores(x, self.k.weight, self.k.bias, query)
+        else:  # in so many words: the script compiler skips an else branch, not code that follows
+            if must_be_called(self.k):
+                return scores_of_keys(self.k(x), query)
+            return learned_query_scores(x, self.k.weight, self.k.bias, query)
+
     def forward(self, x: Tensor) -> Tensor:
         query = normalize_query(
             self.query, self.num_heads, self.normalize, self.normalize_stop_grad
         )
-        scores = learned_query_scores(x, self.k.weight, self.k.bias, query)
+        scores = self.scores(x, query)
         bias = self.offset_bias(query)
         x = self.attend(scores, self.v(x), bias, self.query_weight, self.kernel_size)
         return self.proj_drop(self.proj(x))
@@ -265,6 +276,6 @@ class LearnedQueryPool(LearnedQueryAttention):
         weight = self.query_weight
         if weight is not None and weight.shape[0] > 1:
             weight = resize_offset_table(weight, self.kernel_size, size)
-        scores = learned_query_scores(x, self.k.weight, self.k.bias, query)
+        scores = self.scores(x, query)
         x = self.attend(scores, self.v(x), bias, weight, size)
         return self.proj_drop(self.proj(x))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
+from qna_timm.layers.called import must_be_called
 from qna_timm.ops import ring_index, ring_weights, span_attention
 
 REL_AXES = ("split", "both")
@@ -289,6 +290,16 @@ class SpanAttention(nn.Module):
         )
         return rows.flatten(0, 1), cols.flatten(0, 1)
 
+    def _projected(self, x: Tensor) -> Tensor:
+        """Queries, keys and values [B, H, W, 3C] of a map."""
+        # a linear map of channels-last maps, which is how the operator reads them
+        if torch.jit.is_scripting():
+            return F.linear(x.permute(0, 2, 3, 1), self.qkv.weight.flatten(1))
+        else:
+            if must_be_called(self.qkv):
+                return self.qkv(x).permute(0, 2, 3, 1)
+            return F.linear(x.permute(0, 2, 3, 1), self.qkv.weight.flatten(1))
+
     def forward(self, x: Tensor) -> Tensor:
         radius = self._radius()
         mask: Tensor | None = None
@@ -296,10 +307,8 @@ class SpanAttention(nn.Module):
         if self.span_mask is not None:
             mask, floor = self.span_mask(radius, self.eps)
         rel_pos_h, rel_pos_w = self._tables(radius)
-        # a linear map of channels-last maps, which is how the operator reads them
-        qkv = F.linear(x.permute(0, 2, 3, 1), self.qkv.weight.flatten(1))
         x = span_attention(
-            qkv,
+            self._projected(x),
             rel_pos_h,
             rel_pos_w,
             self.num_heads,

@@ -49,7 +49,7 @@ class BiasedBatchNorm2d(nn.BatchNorm2d):
         with torch.no_grad():
             mean.copy_(new_mean)
             # new_var is (1 - m) old + m v n/(n-1): take 1/n of the second term off
-            var.copy_(new_var - (new_var - (1 - momentum) * var) * (x.shape[1] / x.numel()))
+            var.copy_(new_var - (new_var - (1 - momentum) * var) * (x.shape[1] / max(x.numel(), 1)))
         return out
 
 

@@ -78,7 +78,8 @@ class ConvNeXtTrunk(ConvNeXt):
 class GramianConvNeXt(GramianNet):
     """ConvNeXt, its four stages and taps inside the third fused at stride 16, Gramian heads.
 
-    Images of any size; at 224 the function is the released one, which takes 224 to 239 only.
+    Images of 32 px a side or more; at 224 the function is the released one, which takes 224 to 239
+    only.
 
     Args:
         in_chans: Image channels.

@@ -5,6 +5,7 @@ from qna_timm.ops.api import (
     learned_query_scores,
     normalize_query,
     qna_attention,
+    scores_of_keys,
     stock_qna_attention,
     window_attention,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "resize_offset_table",
     "ring_index",
     "ring_weights",
+    "scores_of_keys",
     "span_attention",
     "span_attention_reference",
     "stock_qna_attention",

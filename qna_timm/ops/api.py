@@ -100,6 +100,24 @@ def learned_query_scores(
             return _folded_scores(x, key_weight, key_bias, query)
 
 
+def scores_of_keys(key: Tensor, query: Tensor) -> Tensor:
+    """`learned_query_scores` of keys that have been computed: in float32, or float64 like them.
+
+        scores[b, y, x, q, j] = query[q, j] . key_j[b, y, x]
+
+    Args:
+        key: [B, H, W, C].
+        query: [Q, h, d] from `normalize_query`, C = h*d.
+
+    Returns:
+        [B, H, W, Q, h].
+    """
+    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+    key = key.to(dtype).unflatten(3, query.shape[1:])
+    with full_float32(key.device):
+        return torch.einsum("byxjd,qjd->byxqj", key, query.to(dtype))
+
+
 def _widened(
     scores: Tensor, rel_pos_bias: Tensor | None, query_weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

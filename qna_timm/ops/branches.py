@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qna_timm.ops.library import has_tangents
+
 
 class _PartLinear(torch.autograd.Function):
     """x weight^T + bias of every part."""
@@ -64,6 +66,12 @@ def _part_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
+def _is_followed() -> bool:
+    """Whether operators are recorded one by one, or their tangents taken: Python's functions can
+    neither be saved nor have tangents."""
+    return torch.jit.is_tracing() or has_tangents()
+
+
 def part_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear map of every part: y_p = x_p weight_p^T + bias_p.
 
@@ -86,7 +94,9 @@ def part_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             dtype = torch.get_autocast_dtype(device)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        return _PartLinear.apply(x, weight, bias)
+        return (
+            _part_linear(x, weight, bias) if _is_followed() else _PartLinear.apply(x, weight, bias)
+        )
 
 
 def gram_matrix(x: Tensor) -> Tensor:
@@ -94,4 +104,4 @@ def gram_matrix(x: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return torch.bmm(x.transpose(1, 2), x)
     else:
-        return _Gram.apply(x)
+        return torch.bmm(x.transpose(1, 2), x) if _is_followed() else _Gram.apply(x)

@@ -44,11 +44,19 @@ def gram_triangle(x: Tensor, index: Tensor, height: int) -> Tensor:
 
     Returns:
         [M, B, T], row-major with the diagonal, float32 or float64.
+
+    Raises:
+        ValueError: The index has no values and the maps have.
     """
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if torch.jit.is_scripting():
         return _gram_triangle(x, index, height)
     else:  # in so many words: the script compiler skips an else branch, not code that follows
+        if index.is_meta and not x.is_meta:  # PyTorch would gather whatever is in memory
+            raise ValueError(
+                f"the triangle's index is on meta, the map on {x.device.type}: "
+                "init_non_persistent_buffers() gives a head that was built there its index"
+            )
         if is_plain_float32(x):
             return _gram_triangle(x, index, height)
         with full_float32(x.device):

@@ -1,0 +1,15 @@
+"""Layers whose weight is used in place of calling them."""
+
+from torch import nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def must_be_called(module: nn.Module) -> bool:
+    """Whether a linear map or convolution is more than its weight and bias.
+
+    Pruning, quantization, adapters, sharding of a single layer and tools that measure put something
+    in a layer's place, or hooks on it, and expect that it is called.
+    """
+    is_plain = type(module) in (nn.Linear, nn.Conv2d) and "forward" not in vars(module)
+    return not is_plain or any(getattr(module, name) for name in _HOOKS)

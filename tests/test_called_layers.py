@@ -1,0 +1,131 @@
+"""Layers whose weight we read: what others put in their place, or hook on them, is called."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import quantize_dynamic
+from torch.nn.utils import parametrizations, prune
+
+from qna_timm.layers import LearnedQueryAttention, LearnedQueryPool, SpanAttention
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
+    "attention": (lambda: LearnedQueryAttention(8, 2, pos_embed="absolute"), "k", (2, 5, 6, 8)),
+    "pool": (lambda: LearnedQueryPool(8, 2, 5), "k", (2, 4, 6, 8)),
+    "spans": (lambda: SpanAttention(8, 8, 2, adaptive=True, max_span=2), "qkv", (2, 8, 5, 6)),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def make(name: str) -> tuple[nn.Module, str, Tensor]:
+    """A layer, the name of the one inside it that is read, and its input."""
+    torch.manual_seed(0)
+    build, inner, shape = LAYERS[name]
+    return build(), inner, torch.randn(shape)
+
+
+class Adapter(nn.Module):
+    """A layer and something small beside it, as fine-tuning adds it."""
+
+    def __init__(self, base: nn.Module, change: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, nn.Parameter(torch.tensor(change))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + self.scale * y.square()
+
+
+class AdapterWithWeight(Adapter):
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
+@every_layer
+@pytest.mark.parametrize("adapter", [Adapter, AdapterWithWeight])
+def test_adapters(name: str, adapter: type[Adapter]) -> None:
+    layer, inner, x = make(name)
+    wanted = layer(x)
+    setattr(layer, inner, adapter(getattr(layer, inner), 0.0))
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        getattr(layer, inner).scale.fill_(5.0)
+    found = layer(x)
+    assert (found - wanted).abs().max() > 1e-3
+    found.square().sum().backward()
+    assert getattr(layer, inner).scale.grad != 0
+
+
+@every_layer
+def test_hooks(name: str) -> None:
+    layer, inner, x = make(name)
+    wanted, seen = layer(x), []
+    hook = getattr(layer, inner).register_forward_hook(lambda *_: seen.append("forward"))
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
+    hook.remove()
+    getattr(layer, inner).register_full_backward_hook(lambda *_: seen.append("backward"))
+    layer(x.requires_grad_()).sum().backward()
+    assert seen == ["forward", "backward"]
+    layer, inner, _ = make(name)
+    of_class = getattr(layer, inner).forward
+    getattr(layer, inner).forward = lambda x: (seen.append("own"), of_class(x))[1]
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
+    assert seen[-1] == "own"
+
+
+@every_layer
+def test_pruning(name: str) -> None:
+    """Weights are masked anew in every step, and the ones that training changed."""
+    layer, inner, x = make(name)
+    prune.l1_unstructured(getattr(layer, inner), "weight", 0.5)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    for _ in range(2):
+        layer(x).square().mean().backward()
+        optimizer.step()
+    found = layer(x)
+    prune.remove(getattr(layer, inner), "weight")
+    torch.testing.assert_close(layer(x), found, rtol=1e-5, atol=1e-6)
+
+
+@every_layer
+@pytest.mark.parametrize(
+    "norm",
+    [torch.nn.utils.spectral_norm, parametrizations.spectral_norm, parametrizations.weight_norm],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_normed_weights_train(name: str, norm: Callable) -> None:
+    layer, inner, x = make(name)
+    norm(getattr(layer, inner))
+    layer(x).square().mean().backward()
+    assert all(p.grad is not None for p in getattr(layer, inner).parameters())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["attention", "pool"])
+def test_quantized(name: str) -> None:
+    layer, _, x = make(name)
+    found = quantize_dynamic(copy.deepcopy(layer), {nn.Linear})(x)
+    assert (found - layer(x)).abs().max() < 0.05 * layer(x).abs().max()
+
+
+@every_layer
+def test_called_in_other_types(name: str) -> None:
+    """To rounding in float64; under autocast as good as its keys; compiled."""
+    layer, inner, x = make(name)
+    adapted = copy.deepcopy(layer)
+    setattr(adapted, inner, Adapter(getattr(adapted, inner), 0.0))
+    torch.testing.assert_close(
+        copy.deepcopy(adapted).double()(x.double()), copy.deepcopy(layer).double()(x.double())
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = adapted(x)
+    assert (found.float() - layer(x)).abs().max() < 0.05 * layer(x).abs().max()
+    compiled = torch.compile(adapted, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
