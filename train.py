@@ -329,8 +329,9 @@ def train(session: Session) -> None:
     except (Stopped, RunFailed):
         if session.saved is not None:
             _logger.warning(
-                "%s are saved: --resume %s goes on from there", session.saved, session.folder
-            )
+                "%s are saved: --resume %s goes on from there",
+                session.saved, shlex.quote(str(session.folder)),
+            )  # fmt: skip
         raise
     finally:
         if session.trackers is not None:
@@ -357,7 +358,8 @@ def conclude(args: argparse.Namespace, saver: Saver, rows: list[dict[str, Any]])
     ):
         if (file := saver.folder / name).is_file():
             _logger.info("%s: %s", what, file)
-    _logger.info("to validate: %s --checkpoint %s", validate_command(), saver.best_file())
+    best_file = shlex.quote(str(saver.best_file()))
+    _logger.info("to validate: %s --checkpoint %s", validate_command(), best_file)
     bests = {_KIND_NAMES[kind]: best for kind, best in saver.best.items()}
     print(f"--result\n{json.dumps({'best': bests, 'last': rows[-1] if rows else {}})}")
 

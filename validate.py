@@ -140,7 +140,11 @@ def save_results(
 ) -> None:
     """Write --results-file, if it is asked for."""
     if args.results_file and processes.is_primary:
-        write_results(Path(args.results_file), results, args.results_format)
+        try:
+            write_results(Path(args.results_file), results, args.results_format)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise RunFailed(f"--results-file {args.results_file}: {reason}") from error
 
 
 def report(

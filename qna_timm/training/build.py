@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from qna_timm.training.task import classifier_layers
 
 _logger = logging.getLogger(__name__)
 
+_MOST_NAMES = 3  # of classes, in a message
+
 
 def choose_classes(
     args: argparse.Namespace, dataset: Dataset
@@ -54,12 +56,15 @@ def choose_classes(
     return args.num_classes, names
 
 
-def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
+def build_model(
+    args: argparse.Namespace, num_classes: int | None, class_names: Sequence[str] | None = None
+) -> nn.Module:
     """Create the model that the flags name, with its first weights.
 
     Args:
         args: Flags.
         num_classes: Classes of the data or of ``--num-classes``; None leaves the model's own.
+        class_names: Of the data, where they are known: a classifier of others is not loaded.
 
     Raises:
         UsageError: timm refuses the name, an argument or the image size; the weights' file is not
@@ -73,9 +78,9 @@ def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
     if args.backbone_checkpoint:
         load_backbone(model, args.backbone_checkpoint)
     if args.pretrained_path:
-        load_as_pretrained(model, args.pretrained_path)
+        load_as_pretrained(model, args.pretrained_path, class_names)
     if args.initial_checkpoint:
-        load_initial(model, args.initial_checkpoint)
+        load_initial(model, args.initial_checkpoint, class_names)
     _initialise_head(model, args.head_init_scale, args.head_init_bias)
     if args.grad_checkpointing:
         try:
@@ -100,7 +105,9 @@ def _create(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
     }
     try:
         resolved = resolve_model_input_args(args.model, vars(args), **kwargs)
-        return create_model(pretrained=args.pretrained, scriptable=args.torchscript, **resolved)
+        # a file goes before what is published, as in timm
+        pretrained = args.pretrained and not args.pretrained_path
+        return create_model(pretrained=pretrained, scriptable=args.torchscript, **resolved)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         hint = ""
         if args.pretrained:
@@ -174,16 +181,20 @@ def load_backbone(model: nn.Module, source: str) -> None:
     _logger.info("backbone %s: %s", source, report)
 
 
-def load_as_pretrained(model: nn.Module, path: str) -> None:
+def load_as_pretrained(
+    model: nn.Module, path: str, class_names: Sequence[str] | None = None
+) -> None:
     """Load a file as timm loads published weights: other names, input channels and sizes adapted.
 
-    The classifier is taken over if it has the model's classes; else it stays fresh, which is said.
+    The classifier is taken over if it has the model's classes, by number and, where file and data
+    have names, by name; else it stays fresh, which is said.
 
     Raises:
         UsageError: Not a checkpoint, or not of this model.
     """
     weights, metadata = read_weights(path)
-    own_head = _fresh_head(model, weights)
+    others = _other_classes(metadata, class_names)
+    own_head = _fresh_head(model, weights, others)
     fresh = {key: value for key, value in own_head.items() if key in weights}
     found = {key: weights[key] for key in fresh}
     config = {
@@ -199,7 +210,7 @@ def load_as_pretrained(model: nn.Module, path: str) -> None:
     def fit_to_model(state: dict[str, Tensor], target: nn.Module) -> dict[str, Tensor]:
         state = model_filter(state, target) if model_filter else state
         # In a file of other names the classifier is only known now.
-        late = _fresh_head(target, state)
+        late = _fresh_head(target, state, others)
         fresh.update(late)
         found.update({key: state[key] for key in late if key in state})
         return {**state, **late}
@@ -216,34 +227,55 @@ def load_as_pretrained(model: nn.Module, path: str) -> None:
         # Say it in one line if the tensors do not fit; else it is not about the file.
         check_weights(model, {**weights, **own_head}, metadata, path)
         raise
-    _report_weights(path, model, found, fresh)
+    _report_weights(path, model, found, fresh, others)
 
 
-def load_initial(model: nn.Module, path: str) -> None:
+def load_initial(model: nn.Module, path: str, class_names: Sequence[str] | None = None) -> None:
     """Load a checkpoint of this very model; with other classes the classifier stays fresh.
 
     Raises:
         UsageError: Not a checkpoint, or not of this model.
     """
     weights, metadata = read_weights(path)
-    fresh = _fresh_head(model, weights)
+    others = _other_classes(metadata, class_names)
+    fresh = _fresh_head(model, weights, others)
     check_weights(model, {**weights, **fresh}, metadata, path)
     model.load_state_dict({**weights, **fresh})
-    _report_weights(path, model, weights, fresh)
+    _report_weights(path, model, weights, fresh, others)
 
 
-def _fresh_head(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _other_classes(metadata: Mapping[str, Any], names: Sequence[str] | None) -> str:
+    """In words what a checkpoint and the data call their classes, where that differs; or ''."""
+    trained = metadata.get("class_names")
+    if not trained or not names or list(trained) == list(names):
+        return ""
+    if sorted(trained) == sorted(names):
+        return "the same classes in another order"
+    theirs, ours = (
+        ", ".join(some[:_MOST_NAMES]) + ", ..." * (len(some) > _MOST_NAMES)
+        for some in (trained, names)
+    )
+    return f"other classes ({theirs}; the data: {ours})"
+
+
+def _fresh_head(
+    model: nn.Module, weights: Mapping[str, Tensor], others: str = ""
+) -> dict[str, Tensor]:
     """The model's own classifier tensors that the checkpoint lacks or has for other classes."""
     return {
         key: value
         for key, value in model.state_dict().items()
         if is_classifier_key(model, key)
-        and (key not in weights or weights[key].shape != value.shape)
+        and (others or key not in weights or weights[key].shape != value.shape)
     }
 
 
 def _report_weights(
-    path: str, model: nn.Module, found: Mapping[str, Tensor], fresh: Mapping[str, Tensor]
+    path: str,
+    model: nn.Module,
+    found: Mapping[str, Tensor],
+    fresh: Mapping[str, Tensor],
+    others: str,
 ) -> None:
     """Say what was loaded, and that a classifier is fresh where the one `found` did not fit."""
     _logger.info("weights: %s", path)
@@ -251,6 +283,11 @@ def _report_weights(
         classes = {classes_of(key, found[key]) for key in fresh if key in found}
         has = f"{min(classes)} classes" if classes else "no classifier"
         names = ", ".join(classifier_names(model))
+        if classes == {model.num_classes} and others:
+            _logger.warning(
+                "%s has %s: its classifier (%s) is fresh, the rest is loaded", path, others, names
+            )
+            return
         _logger.warning(
             "%s has %s, the model %d: its classifier (%s) is fresh, the rest is loaded",
             path, has, model.num_classes, names,
@@ -341,9 +378,9 @@ def check_forward(model: nn.Module, data_config: Mapping[str, Any], num_classes:
     """
     size = tuple(data_config["input_size"])
     parameter = next(model.parameters())
-    image = torch.zeros((1, *size), device=parameter.device, dtype=parameter.dtype)
     was_training = model.training
     try:
+        image = torch.zeros((1, *size), device=parameter.device, dtype=parameter.dtype)
         with torch.no_grad():
             output = model.eval()(image)
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -359,6 +396,11 @@ def check_forward(model: nn.Module, data_config: Mapping[str, Any], num_classes:
         raise UsageError(f"--model: gives {tuple(logits.shape[1:])} values, not {num_classes}")
 
 
+def _found_from_anywhere(path: str) -> str:
+    """A file's absolute path; as it is if it is to be looked for in the data folder."""
+    return os.path.abspath(path) if os.path.exists(path) else path
+
+
 def describe(
     args: argparse.Namespace,
     model: nn.Module,
@@ -370,8 +412,8 @@ def describe(
     # Weights that a trunk started from are no part of the model that is saved.
     model_args.pop("backbone_pretrained", None)
     dataset_keys = (
-        "dataset", "train_split", "val_split", "class_map", "input_img_mode",
-        "input_key", "target_key", "val_num_samples", "val_fraction", "val_seed",
+        "dataset", "train_split", "val_split", "input_img_mode", "input_key", "target_key",
+        "val_num_samples", "val_fraction", "val_seed",
     )  # fmt: skip
     return {
         "arch": model.pretrained_cfg.get("architecture", args.model),
@@ -384,5 +426,6 @@ def describe(
         "dataset": {
             **{key: getattr(args, key) for key in dataset_keys},
             "data_dir": args.data_dir and os.path.abspath(args.data_dir),
+            "class_map": _found_from_anywhere(args.class_map),
         },
     }

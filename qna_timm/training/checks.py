@@ -32,6 +32,8 @@ from qna_timm.training.names import (
 )
 from qna_timm.training.padded_crop import check_crop_flags
 
+_OPTIMIZER_FLAGS = {"eps": "--opt-eps", "betas": "--opt-betas"}
+
 Origins = Mapping[str, str]
 """Where a setting came from, by key: "--lr" or "FILE: key 'lr'"; begins an error message."""
 
@@ -211,6 +213,14 @@ def _attempt(where: str, build: Callable[[], Any]) -> None:
         raise UsageError(f"{where}: {' '.join(reason.split())}") from None
 
 
+def _works(build: Callable[[], Any]) -> bool:
+    try:
+        _attempt("", build)
+    except UsageError:
+        return False
+    return True
+
+
 def _check_optimizer(args: Namespace, origins: Origins) -> None:
     """Check the optimizer's name, then all of its arguments by making one for a small layer."""
     known = list_optimizers()
@@ -220,11 +230,28 @@ def _check_optimizer(args: Namespace, origins: Origins) -> None:
             f"{origins['opt']}: unknown optimizer '{args.opt}'"
             + closest(name, [*known, *(f"lookahead_{opt}" for opt in known)])
         )
-    settings = {**optimizer_kwargs(cfg=args), **args.opt_kwargs}
+    flags = optimizer_kwargs(cfg=args)
+    for key in sorted(flags.keys() & args.opt_kwargs.keys()):
+        flag = _OPTIMIZER_FLAGS.get(key, f"--{key.replace('_', '-')}")
+        raise UsageError(f"{origins['opt_kwargs']}: '{key}' is for {flag} to say")
+    settings = {**flags, **args.opt_kwargs}
     for key in ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale"):
         settings.pop(key, None)
     where = origins["opt_kwargs" if "opt_kwargs" in args.given else "opt"]
-    _attempt(where, lambda: create_optimizer_v2(torch.nn.Linear(2, 2), **settings))
+
+    def build(left_out: str = "") -> None:
+        given = {key: value for key, value in settings.items() if key != left_out}
+        create_optimizer_v2(torch.nn.Linear(2, 2), **given)
+
+    try:
+        _attempt(where, build)
+    except UsageError as error:
+        reason = str(error).removeprefix(f"{where}: ")
+        for key in ("betas", "eps"):
+            if key in settings and _works(lambda left_out=key: build(left_out)):
+                flag, value = origins[f"opt_{key}"], settings[key]
+                raise UsageError(f"{flag}: {args.opt} does not take {value}: {reason}") from None
+        raise
 
 
 def _check_schedule(args: Namespace, origins: Origins) -> None:
@@ -300,6 +327,11 @@ def _check_backbone(args: Namespace, origins: Origins) -> None:
 def _check_run(args: Namespace, origins: Origins) -> None:
     for key in ("initial_checkpoint", "pretrained_path"):
         _check_path(args, origins, key)
+    if args.initial_checkpoint and args.pretrained_path:
+        raise UsageError(
+            f"{origins['initial_checkpoint']}: loads the whole model, and so does "
+            f"{origins['pretrained_path']}; give one"
+        )
     _check_backbone(args, origins)
     name = Path(args.experiment)
     if name.is_absolute() or ".." in name.parts:

@@ -8,8 +8,10 @@ import argparse
 import importlib.util
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
 from qna_timm.training.digits import Digits
-from qna_timm.training.errors import UsageError, closest
+from qna_timm.training.errors import UsageError, closest, closest_path
 from qna_timm.training.holdout import hold_out
 from qna_timm.training.image_loader import ImageLoader, process_place
 from qna_timm.training.loaders import (
@@ -97,6 +99,26 @@ def _first_rank_first(enabled: bool) -> Iterator[None]:
             dist.barrier()
 
 
+def _check_class_map(name: str, root: str | None) -> None:
+    """A text file of class names, one a line, here or in the data's folder."""
+    where = f"--class-map {name}"
+    places = [Path(name), Path(root or "", name)]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise UsageError(f"{where}: there is no such file, here or in {root}{closest_path(name)}")
+    if path.suffix.lower() != ".txt":
+        raise UsageError(f"{where}: expected a text file .txt with a class name a line")
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise UsageError(f"{where}: is not UTF-8 text, expected a class name a line") from None
+    for number, found in enumerate(names, start=1):
+        if not found:
+            raise UsageError(f"{where}: line {number} is empty, expected a class name")
+        if (first := names.index(found) + 1) < number:
+            raise UsageError(f"{where}: '{found}' is in lines {first} and {number}")
+
+
 def _create(args: argparse.Namespace, split: str, is_training: bool, **kwargs: Any) -> Dataset:
     """timm's factory; whatever a reader raises becomes one line."""
     common = {
@@ -116,6 +138,8 @@ def _create(args: argparse.Namespace, split: str, is_training: bool, **kwargs: A
         "target_key": args.target_key,
         "trust_remote_code": args.dataset_trust_remote_code,
     }
+    if args.class_map:
+        _check_class_map(args.class_map, kwargs.get("root", args.data_dir))
     try:
         with _first_rank_first(args.dataset_download):
             return create_dataset(**{**common, **kwargs})
@@ -172,11 +196,42 @@ def _open_folder(args: argparse.Namespace, split: str, is_training: bool) -> Dat
         )
     if isinstance(dataset.reader, ReaderImageFolder):
         _refuse_tiny_imagenet(root, dataset)
+        if not args.class_map:
+            _refuse_hidden(root, class_names_of(dataset))
         folders = {os.path.dirname(path) for path, _ in dataset.reader.samples}
         _report_merged_classes(folders)
         if is_training:
-            _report_passed_over(root, folders)
+            _report_passed_over(root, folders, args.class_map)
+            _report_other_kinds(root, folders)
     return dataset
+
+
+def _refuse_hidden(root: str, names: Sequence[str] | None) -> None:
+    """Such as .ipynb_checkpoints, in which a notebook keeps copies of images."""
+    hidden = [name for name in names or () if name.startswith(".")]
+    if hidden:
+        raise UsageError(
+            f"{root}: the hidden folder {hidden[0]} holds images and would be a class; remove it, "
+            "or name the classes in a --class-map"
+        )
+
+
+def _report_other_kinds(root: str, folders: Iterable[str]) -> None:
+    """timm reads some kinds of images only, and passes the others of a class over."""
+    read, known = set(get_img_extensions()), Image.registered_extensions()
+    passed_over = Counter(
+        suffix
+        for folder in folders
+        for entry in os.scandir(folder)
+        if (suffix := os.path.splitext(entry.name)[1].lower()) in known and suffix not in read
+    )
+    if passed_over:
+        _logger.warning(
+            "%s: only %s are read; passed over: %s",
+            root,
+            " ".join(sorted(read)),
+            ", ".join(f"{count} {suffix}" for suffix, count in sorted(passed_over.items())),
+        )
 
 
 def _refuse_tiny_imagenet(root: str, dataset: ImageDataset) -> None:
@@ -203,8 +258,9 @@ def _report_merged_classes(folders: Iterable[str]) -> None:
             )
 
 
-def _report_passed_over(root: str, folders: Iterable[str]) -> None:
-    """timm makes no class of a folder whose images are missing or of another kind."""
+def _report_passed_over(root: str, folders: Iterable[str], class_map: str) -> None:
+    """timm makes no class of a folder whose images are missing or of another kind, or that a class
+    map does not have."""
     used = {os.path.relpath(folder, root).split(os.sep)[0] for folder in folders}
     unused = sorted(
         entry.name
@@ -213,9 +269,10 @@ def _report_passed_over(root: str, folders: Iterable[str]) -> None:
     )
     if unused:
         _logger.warning(
-            "%s: folders without images (%s) make no class: %s%s",
+            "%s: folders without images (%s)%s make no class: %s%s",
             root,
             " ".join(get_img_extensions()),
+            f", or that --class-map {class_map} does not have," if class_map else "",
             ", ".join(unused[:_MOST_NAMES_SHOWN]),
             ", ..." if len(unused) > _MOST_NAMES_SHOWN else "",
         )

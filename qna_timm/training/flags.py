@@ -128,14 +128,16 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def _read(kind: type, value: Any) -> Any:
+def _read(flag: Flag, value: Any) -> Any:
     """A value as a bool, string or finite number; None where it is not one."""
+    kind = flag.kind
     if kind is bool or isinstance(value, bool):
         return value if kind is bool and isinstance(value, bool) else None
     if not isinstance(value, str | int | float):
         return None
     if kind is str:
-        return str(value)
+        # a number is what is left of 007 or 1.10; where it may be meant, a rule reads the text
+        return str(value) if isinstance(value, str) or flag.rule else None
     try:
         number = kind(value) if isinstance(value, str) else value
         return kind(number) if math.isfinite(number) and kind(number) == number else None
@@ -144,10 +146,12 @@ def _read(kind: type, value: Any) -> Any:
 
 
 def _convert_scalar(flag: Flag, value: Any, where: str) -> Any:
-    converted = _read(flag.kind, value)
+    converted = _read(flag, value)
     if converted is None:
-        expected = _KIND_NAMES[flag.kind]
-        raise UsageError(f"{where}: expected {expected}, found {_shown(value)}")
+        expected, hint = _KIND_NAMES[flag.kind], ""
+        if flag.kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+            hint = "; put it in quotes if it is one"
+        raise UsageError(f"{where}: expected {expected}, found {_shown(value)}{hint}")
     if flag.choices is not None and converted not in flag.choices:
         valid = ", ".join(_shown(choice) for choice in flag.offered)
         raise UsageError(

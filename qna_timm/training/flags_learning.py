@@ -19,7 +19,7 @@ OPTIMIZER_FLAGS = (
     Flag("--opt-betas", float, None, "Betas of the optimizer.", "+", rule=PROBABILITY),
     Flag("--momentum", float, 0.9, "Momentum, where the optimizer has one.", rule=NOT_NEGATIVE),
     Flag("--weight-decay", float, 2e-5, "Weight decay.", rule=NOT_NEGATIVE),
-    Flag("--clip-grad", float, None, "Clip gradients at this.", rule=NOT_NEGATIVE),
+    Flag("--clip-grad", float, None, "Clip gradients at this.", rule=POSITIVE),
     Flag("--clip-mode", str, "norm", "What is clipped.", choices=("norm", "value", "agc")),
     Flag(
         "--layer-decay",

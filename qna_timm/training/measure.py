@@ -74,7 +74,7 @@ def measure(
         num_classes = len(valid_labels)
     check_classes(settings, num_classes, dataset, metadata)
     if settings.test_pool:
-        model = apply_test_pool(model, data_config)
+        model = apply_test_pool(model, data_config, metadata)
     counts = _Counts(settings, num_classes, dataset, processes)
     if settings.branches:
         counts.branches = _show_branches(settings, model, processes)

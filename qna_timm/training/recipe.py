@@ -131,17 +131,22 @@ def _merge(
     return args, origins
 
 
-def _fold_data(args: Namespace, origins: dict[str, str]) -> None:
-    """Put the positional data folder into data_dir, and where it is from into its origin."""
-    where = _POSITIONAL if origins["data"] == "data" else origins["data"]
-    if args.data and args.data_dir and args.data != args.data_dir:
+def _without_positional(label: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer of settings, as in `_merge`, with its positional data folder as data_dir."""
+    values = dict(values)
+    folder, named = values.pop("data", None), values.get("data_dir")
+    if folder and named and folder != named:
+        where = f"{label}: key 'data_dir'" if label else "--data-dir"
+        other = "key 'data'" if label else _POSITIONAL
         raise UsageError(
-            f"{origins['data_dir']}: two data folders are named, '{args.data_dir}' and, by {where},"
-            f" '{args.data}'; give one"
+            f"{where}: two data folders are named, '{named}' and, by {other}, '{folder}'; give one"
         )
-    if args.data and not args.data_dir:
-        args.data_dir, origins["data_dir"] = args.data, where
-    del args.data
+    return {**values, "data_dir": folder} if folder else values
+
+
+def _tell_positional(command: Mapping[str, Any], origins: dict[str, str]) -> None:
+    if command.get("data"):
+        origins["data_dir"] = _POSITIONAL
 
 
 def _without_tied(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,12 +228,13 @@ def parse_train_args(
         "Train any timm or qna_timm model. With no data named it learns handwritten digits, by "
         "configs/quickstart.yaml in place of the defaults below.",
     )
-    layers: list[tuple[str, Mapping[str, Any]]] = [("", command)]
+    layers: list[tuple[str, Mapping[str, Any]]] = [("", _without_positional("", command))]
     if command.get("config"):
-        path = Path(command["config"])
-        layers.insert(0, (str(path), read_recipe(path, TRAIN_FLAGS)))
+        label = str(Path(command["config"]))
+        recipe = read_recipe(Path(label), TRAIN_FLAGS)
+        layers.insert(0, (label, _without_positional(label, recipe)))
     given = {key: value for _, values in layers for key, value in values.items()}
-    builtin = not any(key in given for key in ("data", "data_dir", "dataset"))
+    builtin = not any(key in given for key in ("data_dir", "dataset"))
     if builtin and quickstart is not None:
         defaults = _without_tied(read_recipe(quickstart, TRAIN_FLAGS), given)
         layers.insert(0, (str(quickstart), defaults))
@@ -237,7 +243,8 @@ def parse_train_args(
         args.dataset = BUILTIN_DATASET
     args.given, args.builtin_data = given, builtin
     args.of_session = [key for key in _OF_SESSION if key in command]
-    _fold_data(args, origins)
+    _tell_positional(command, origins)
+    del args.data
     if args.smoke:
         _apply_smoke(args, command)
     check_train_values(args, origins, TRAIN_FLAGS)
@@ -262,16 +269,18 @@ def parse_validate_args(argv: Sequence[str] | None = None) -> Namespace:
         UsageError: Anything wrong with them, in one line.
         SystemExit: `--help` was asked for.
     """
-    given = parse_command_line(
+    command = parse_command_line(
         VALIDATE_FLAGS,
         sys.argv[1:] if argv is None else argv,
         "validate.py",
         "Measure top-1, top-5, loss and speed of any timm or qna_timm model or checkpoint.",
     )
+    given = _without_positional("", command)
     args, origins = _merge(VALIDATE_FLAGS, [("", given)])
     args.given = given
-    args.builtin_data = not any(key in given for key in ("data", "data_dir", "dataset"))
-    _fold_data(args, origins)
+    args.builtin_data = not any(key in given for key in ("data_dir", "dataset"))
+    _tell_positional(command, origins)
+    del args.data
     check_validate_values(args, origins, VALIDATE_FLAGS)
     return args
 

@@ -115,7 +115,7 @@ def set_up(
     classes, class_names = choose_classes(args, train_set)
     # All processes start from the same weights.
     random_seed(args.seed)
-    model = build_model(args, classes)
+    model = build_model(args, classes, class_names)
     data_config = input_config(args, model)
     metadata = describe(args, model, data_config, class_names)
     model = prepare_model(model, args, processes)

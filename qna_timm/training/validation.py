@@ -335,17 +335,44 @@ def check_classes(
         )
 
 
-def apply_test_pool(model: nn.Module, data_config: dict[str, Any]) -> nn.Module:
+def _set_trained_size(model: nn.Module, size: Sequence[int]) -> None:
+    """Put a run's size of images into timm's configuration, and the map's that follows from it."""
+    config = dict(model.default_cfg)
+    channels, *published = config["input_size"]
+    config["input_size"] = (channels, *size)
+    if config.get("pool_size"):
+        config["pool_size"] = tuple(
+            max(1, side * pool // old)
+            for side, pool, old in zip(size, config["pool_size"], published, strict=True)
+        )
+    model.default_cfg = model.pretrained_cfg = config
+
+
+def apply_test_pool(
+    model: nn.Module, data_config: dict[str, Any], metadata: Mapping[str, Any]
+) -> nn.Module:
     """Pools maps of images larger than in training, as --test-pool asks; then nothing is cropped.
+
+    Args:
+        model: The model, on the CPU.
+        data_config: Of the images; its crop becomes the whole of them.
+        metadata: Of the checkpoint: a run knows its images' size, published weights have theirs in
+            timm's configuration.
 
     Raises:
         UsageError: the model's features are no maps that can be pooled.
     """
     if has_branches(model):
         raise UsageError("--test-pool is for average pooling; Gramian heads read maps of any size")
+    if size := metadata.get("img_size"):
+        _set_trained_size(model, size)
     pooled, applied = apply_test_time_pool(model, data_config)
     if not applied:
-        _logger.warning("--test-pool changes nothing: the images are no larger than in training")
+        now, trained = (config["input_size"][1:] for config in (data_config, model.default_cfg))
+        _logger.warning(
+            "--test-pool changes nothing: images of %d x %d are no larger than those of training, "
+            "%d x %d", *now, *trained
+        )  # fmt: skip
         return model
     data_config["crop_pct"] = 1.0
     try:

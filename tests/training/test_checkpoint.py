@@ -214,6 +214,41 @@ def test_first_weights_of_other_classes_leave_a_fresh_head(
     assert loaded["head.weight"].shape == (5, 64)
 
 
+@pytest.mark.parametrize("flag", ["--pretrained-path", "--initial-checkpoint"])
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["ant", "bee", "cat"], ""),
+        (["cat", "ant", "bee"], "has the same classes in another order: its classifier (head) is"),
+        (["elk", "fox", "yak"], "has other classes (ant, bee, cat; the data: elk, fox, yak): its"),
+    ],
+)
+def test_first_weights_of_classes_by_name(
+    saved: Path, flag: str, names: list[str], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        model = build_model(model_args("test_vit", flag, saved), 3, names)
+    assert told in caplog.text and bool(told) == bool(caplog.records)
+    same = torch.equal(model.head.weight, make(0).head.weight)
+    assert same == (not told)
+    assert torch.equal(model.norm.weight, make(0).norm.weight)
+
+
+def test_first_weights_of_a_file_are_not_downloaded(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("published weights")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", load)
+    args = model_args("test_vit", "--pretrained-path", saved)
+    args.pretrained = True
+    assert same_weights(build_model(args, 3), make(0))
+    both = ["--pretrained-path", str(saved), "--initial-checkpoint", str(saved)]
+    with pytest.raises(UsageError, match=r"^--initial-checkpoint: loads the whole model, and so"):
+        parse_train_args(["--data-dir", str(saved.parent), *both])
+
+
 def test_first_weights_of_another_model_are_refused(saved: Path) -> None:
     for flag in ("--pretrained-path", "--initial-checkpoint"):
         args = model_args("test_resnet", flag, saved)

@@ -193,7 +193,7 @@ def test_recipe_does_what_the_released_command_does(name, tmp_path):
     """What the command gives, then the defaults of its train.py where they are not timm's."""
     args = recipe_args(name, tmp_path)
     command = parse_train_args([str(tmp_path), *shlex.split(COMMAND.format(*RELEASED[name]))])
-    said = {"loss", "ga_lam", *command.given} - {"data", "model", "momentum"}
+    said = {"loss", "ga_lam", *command.given} - {"data_dir", "model", "momentum"}
     assert len(said) == 17
     assert {key: getattr(args, key) for key in said} == {key: getattr(command, key) for key in said}
     assert (args.model, args.ga_lam, args.loss, args.bce_target_thresh) == (name, -0.8, "bce", None)

@@ -394,6 +394,44 @@ class TestFolders:
         with pytest.raises(UsageError, match="are its folders named in --class-map"):
             self.open(root, "--class-map", str(root / "map.txt"))
 
+    @pytest.mark.parametrize(
+        ("content", "told"),
+        [
+            (b"cat\n\nbee\nant\n", r"map.txt: line 2 is empty, expected a class name"),
+            (b"cat\nbee\ncat\n", r"map.txt: 'cat' is in lines 1 and 3"),
+            (b"caf\xe9\n", r"map.txt: is not UTF-8 text"),
+        ],
+    )
+    def test_class_map_that_is_none(self, root: Path, content: bytes, told: str) -> None:
+        (root / "map.txt").write_bytes(content)
+        with pytest.raises(UsageError, match=f"^--class-map .*{told}"):
+            self.open(root, "--class-map", str(root / "map.txt"))
+        (root / "map.txt").rename(root / "map.pkl")
+        for name, told in (("map.pkl", "expected a text file"), ("map.txt", "no such file, here")):
+            with pytest.raises(UsageError, match=f"^--class-map .*{name}: .*{told}"):
+                self.open(root, "--class-map", str(root / name))
+
+    def test_class_that_the_map_does_not_have(
+        self, root: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (root / "map.txt").write_text("cat\nbee\n")
+        self.open(root, "--class-map", str(root / "map.txt"))
+        assert "or that --class-map" in caplog.text and "make no class: ant" in caplog.text
+
+    def test_hidden_folder_is_no_class(self, root: Path) -> None:
+        shutil.copytree(root / "train" / "ant", root / "train" / ".ipynb_checkpoints")
+        with pytest.raises(UsageError, match=r"hidden folder \.ipynb_checkpoints .* --class-map"):
+            self.open(root)
+
+    def test_images_of_other_kinds_are_told(
+        self, root: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for name in ("1.webp", "2.webp", "3.tiff", "notes.txt"):
+            (root / "train" / "ant" / name).touch()
+        train, _ = self.open(root)
+        assert len(train) == 12
+        assert "only .jpeg .jpg .png are read; passed over: 1 .tiff, 2 .webp" in caplog.text
+
     def test_image_mode_that_does_not_fit(self, root: Path) -> None:
         with pytest.raises(UsageError, match=r"'rgb' is no image mode.*'RGB'"):
             self.open(root, "--input-img-mode", "rgb")

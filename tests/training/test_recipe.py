@@ -126,18 +126,31 @@ def test_defaults_are_not_shared():
 def test_yaml_types(tmp_path):
     recipe = write(
         tmp_path / "r.yaml",
-        "lr: '3e-4'\nepochs: '10'\nmean: ['0.5', 0.4, 1]\ninput_size: [3, 32, 32]\nexperiment: 5\n"
+        "lr: '3e-4'\nepochs: '10'\nmean: ['0.5', 0.4, 1]\ninput_size: [3, 32, 32]\n"
+        "checkpoint_interval: 5\n"
         "torchcompile: true\namp: yes\ndrop_path: null\nmodel_kwargs: {act_layer: relu}\n"
         "save_epochs: [4, 8]\nstop_epoch:\ndecay_milestones: null\nopt: adam\n"
-        "opt_kwargs: {weight_decay: 1e-8}\nbatch_size: 16.0\n",
+        "opt_kwargs: {eps: 1e-8}\nbatch_size: 16.0\n",
     )
     args = train("-c", recipe)
     assert args.lr == 3e-4 and args.epochs == 10 and args.mean == [0.5, 0.4, 1.0]
-    assert args.input_size == [3, 32, 32] and args.experiment == "5" and args.amp is True
+    assert args.input_size == [3, 32, 32] and args.checkpoint_interval == "5" and args.amp
     assert args.torchcompile == "inductor" and args.drop_path is None
     assert args.model_kwargs == {"act_layer": "relu"} and args.save_epochs == [4, 8]
     assert args.stop_epoch is None and args.decay_milestones == [90, 180, 270]
-    assert args.opt_kwargs == {"weight_decay": 1e-8} and args.batch_size == 16
+    assert args.opt_kwargs == {"eps": 1e-8} and args.batch_size == 16
+
+
+def test_data_of_the_command_line_goes_before_a_recipes(tmp_path):
+    recipe = write(tmp_path / "r.yaml", f"data_dir: {tmp_path}\n")
+    (tmp_path / "other").mkdir()
+    other = str(tmp_path / "other")
+    assert train("-c", recipe).data_dir == str(tmp_path)
+    assert train(other, "-c", recipe).data_dir == train("--data-dir", other, "-c", recipe).data_dir
+    assert train(other, "-c", recipe).data_dir == other
+    write(recipe, "data: /no/such/folder\n")
+    with pytest.raises(UsageError, match=r"r\.yaml: key 'data_dir': there is no .*/no/such"):
+        train("-c", recipe)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +172,8 @@ def test_yaml_types(tmp_path):
         ("decay_milestones: [1, x]", ["key 'decay_milestones'", "'x'"]),
         ("amp: 3", ["key 'amp'", "true or false", "3"]),
         ("model: [a]", ["key 'model'", "a string"]),
+        ("experiment: 1.10", ["key 'experiment'", "a string", "1.1; put it in quotes"]),
+        ("data: a\ndata_dir: b", ["key 'data_dir'", "'b' and, by key 'data', 'a'; give one"]),
         ("model_kwargs: 3", ["key 'model_kwargs'", "name=value"]),
         ("loss: bse", ["key 'loss'", "'bse'", "did you mean 'bce'"]),
         ("batch_size: 0", ["key 'batch_size'", "positive", "0"]),
@@ -193,6 +208,11 @@ BAD_TRAIN = [
     (["--model", "resnet18.a9_in1k"], ["resnet18", "a9_in1k", "resnet18.a1_in1k"]),
     (["--opt", "adamv"], ["--opt", "'adamv'", "'adam'"]),
     (["--opt", "adamw", "--opt-kwargs", "foo=1"], ["--opt-kwargs", "foo"]),
+    (["--opt-kwargs", "lr=5"], ["--opt-kwargs", "'lr' is for --lr to say"]),
+    (["--opt-eps", "1e-7", "--opt-kwargs", "eps=1"], ["--opt-kwargs", "'eps' is for --opt-eps"]),
+    (["--opt", "adamw", "--opt-betas", ".9"], ["--opt-betas", "adamw does not take [0.9]"]),
+    (["--opt", "adamw", "--opt-betas", ".9", "1"], ["--opt-betas", "adamw", "[0.9, 1.0]"]),
+    (["--clip-grad", "0"], ["--clip-grad", "positive", "0"]),
     (["--sched", "cosin"], ["--sched", "'cosin'", "'cosine'"]),
     (["--sched", "wsd", "--epochs", "3"], ["--sched", "warmup_epochs"]),
     (["--sched", "plateau", "--sched-on-updates"], ["--sched-on-updates", "plateau"]),

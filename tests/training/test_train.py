@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -37,9 +38,9 @@ def test_run_folder_and_what_it_reproduces(
     train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = digits(tmp_path, "--model-ema", "--model-ema-warmup", "--reprob", "0.5")
-    assert train.main([*argv, "--experiment", "a"]) == 0
+    assert train.main([*argv, "--experiment", "a run"]) == 0
     output = capsys.readouterr()
-    folder = tmp_path / "a"
+    folder = tmp_path / "a run"
     names = {path.name for path in folder.iterdir()}
     files = "args.yaml environment.json train.log summary.csv curves.png last.state.safetensors"
     files += " previous.state.safetensors"
@@ -58,7 +59,7 @@ def test_run_folder_and_what_it_reproduces(
     assert "sklearn/digits: 1,438 training and 64 validation images, 10 classes" in log
     assert "adamw, lr 0.001, weight decay 2e-05, cosine over 2 epochs, 1 of warm-up" in log
     best = folder / "best"
-    command = re.search(r"to validate: (.*)", output.err)[1].split()
+    command = shlex.split(re.search(r"to validate: (.*)", output.err)[1])
     assert shutil.which(command[0]) and Path(command[1]).samefile(ROOT / "validate.py")
     assert command[2:] == ["--checkpoint", f"{best}.safetensors"]
     assert f"curves: {folder / 'curves.png'}" in output.err
@@ -85,7 +86,7 @@ def test_run_folder_and_what_it_reproduces(
     assert train.main(again) == 0
     assert (tmp_path / "b" / "summary.csv").read_text() == (folder / "summary.csv").read_text()
     with pytest.raises(UsageError, match="holds a run already"):
-        train.main([*argv, "--experiment", "a"])
+        train.main([*argv, "--experiment", "a run"])
 
 
 def test_mixing_in_the_loader(

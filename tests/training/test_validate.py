@@ -18,7 +18,7 @@ from PIL import Image
 from preloaded import programs
 from torch import nn
 
-from qna_timm.training import measure
+from qna_timm.training import measure, validation
 from qna_timm.training.checkpoint import save_weights
 from qna_timm.training.digits import CLASS_NAMES, Digits
 from qna_timm.training.errors import UsageError
@@ -238,6 +238,20 @@ def test_other_size_and_test_time_pooling(
     flags = ["--checkpoint", str(tmp_path / "r.safetensors"), "--num-samples", "8"]
     script.main([*COMMON, *flags, "--img-size", "192", "--test-pool"])
     assert result(capsys)["crop_pct"] == 1.0
+
+
+def test_pooling_knows_the_size_of_training(caplog: pytest.LogCaptureFixture) -> None:
+    """A run's, not that of timm's weights: 160 of test_resnet, with maps of 5 x 5."""
+
+    def pooled(trained: int, size: int) -> nn.Module:
+        model = timm.create_model("test_resnet", num_classes=10)
+        config = {"input_size": (3, size, size), "crop_pct": 0.9}
+        return validation.apply_test_pool(model, config, {"img_size": [trained, trained]})
+
+    assert pooled(32, 64).original_pool == (1, 1)
+    assert pooled(96, 128).original_pool == (3, 3)
+    assert not hasattr(pooled(320, 192), "original_pool")
+    assert "images of 192 x 192 are no larger than those of training, 320 x 320" in caplog.text
 
 
 def test_smaller_batches_when_memory_runs_out(
