@@ -14,7 +14,7 @@ from timm.data import AugMixDataset, ImageDataset
 from torch.utils.data import Dataset, Subset
 
 from qna_timm.training.errors import RunFailed, UsageError
-from qna_timm.training.views import ImageView
+from qna_timm.training.views import ImageView, in_mode
 
 _logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class SingleImageDataset(ImageDataset):
         else:
             image = Image.open(image)
             if self.input_img_mode:
-                image = image.convert(self.input_img_mode)
+                image = in_mode(image, self.input_img_mode)
         if self.transform is not None:
             image = self.transform(image)
         if target is None:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -12,6 +13,15 @@ from qna_timm.training.errors import UsageError, closest
 _logger = logging.getLogger(__name__)
 
 _MOST_NAMES_SHOWN = 5
+
+
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """An image in another of PIL's modes; 16 bits a pixel by their upper 8, where PIL would make
+    all but the darkest white."""
+    has_16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+    if has_16 and mode[0] not in "IF":
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert(mode)
 
 
 class ImageView(Dataset):
@@ -46,7 +56,7 @@ class ImageView(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, label = self.dataset[self.indices[index]]
         if self.input_img_mode:
-            image = image.convert(self.input_img_mode)
+            image = in_mode(image, self.input_img_mode)
         if self.transform is not None:
             image = self.transform(image)
         return image, label if self.target_transform is None else self.target_transform(label)

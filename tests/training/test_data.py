@@ -418,6 +418,22 @@ class TestFolders:
         self.open(root, "--class-map", str(root / "map.txt"))
         assert "or that --class-map" in caplog.text and "make no class: ant" in caplog.text
 
+    def test_16_bits_a_pixel(self, root: Path) -> None:
+        """As 8, not as white."""
+        for split in ("train", "val"):
+            for path in (root / split).rglob("*.png"):
+                level = np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 256 + 7
+                Image.fromarray(level).save(path)
+        train, val = self.open(root)
+        args = train_args("--data-dir", str(root), "-b", "12", "--color-jitter", "0")
+        for loader in (
+            data.create_train_loader(train, args, CONFIG, device=CPU),
+            data.create_eval_loader(val, args, CONFIG, device=CPU, batch_size=12),
+        ):
+            images, labels = next(iter(loader))
+            level = (images.mean(dim=(1, 2, 3)) * 0.5 + 0.5) * 255
+            torch.testing.assert_close(level, 10.0 * (1 + labels), atol=0.5, rtol=0.0)
+
     def test_hidden_folder_is_no_class(self, root: Path) -> None:
         shutil.copytree(root / "train" / "ant", root / "train" / ".ipynb_checkpoints")
         with pytest.raises(UsageError, match=r"hidden folder \.ipynb_checkpoints .* --class-map"):
