@@ -43,22 +43,22 @@ class ExactWindows:
         # bias would keep only three decimals of it.
         self.shift = window_max(self.scores, windows.kernel_size, windows.stride)
         self.top = torch.full_like(self.shift, float("-inf"))
-        for logits in self._logits():
-            torch.maximum(self.top, logits, out=self.top)
+        for biased in self._biased():
+            torch.maximum(self.top, biased, out=self.top)
         self.total = torch.zeros_like(self.shift)
         parts = in_parts(self.total, windows.num_offsets)
-        for part, logits in zip(parts, self._logits(), strict=True):
-            part += (logits - self.top).exp_()
+        for part, biased in zip(parts, self._biased(), strict=True):
+            part += (biased - self.top).exp_()
 
-    def _logits(self) -> Iterator[Tensor]:
+    def _biased(self) -> Iterator[Tensor]:
         for offset, seen in enumerate(self.windows.shifts(self.scores)):
-            logits = seen - self.shift
-            yield logits if self.rel_pos_bias is None else logits.add_(self.rel_pos_bias[offset])
+            biased = seen - self.shift
+            yield biased if self.rel_pos_bias is None else biased.add_(self.rel_pos_bias[offset])
 
     def attn(self) -> Iterator[Tensor]:
         """Softmax weights of each offset: K times [n, Y, X, Q, h]."""
-        for logits in self._logits():
-            yield logits.sub_(self.top).exp_().div_(self.total)
+        for biased in self._biased():
+            yield biased.sub_(self.top).exp_().div_(self.total)
 
 
 def _row(query_weight: Tensor | None, offset: int) -> Tensor | float:

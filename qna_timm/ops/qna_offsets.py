@@ -43,15 +43,15 @@ def qna_offsets(
     shift = window_max(scores.detach(), kernel_size, stride)
     if kernel_h * kernel_w > few:
         return _by_rows(scores, value, shift, rel_pos_bias, query_weight, kernel_size, stride)
-    logits = []
+    biased = []
     for ky in range(kernel_h):
         for kx in range(kernel_w):
             rows = scores[:, ky : ky + (out_h - 1) * stride + 1 : stride]
             shifted = rows[:, :, kx : kx + (out_w - 1) * stride + 1 : stride] - shift
             if rel_pos_bias is not None:
                 shifted = shifted + rel_pos_bias[ky * kernel_w + kx]
-            logits.append(shifted)
-    weight = _weights(torch.stack(logits), query_weight)
+            biased.append(shifted)
+    weight = _weights(torch.stack(biased), query_weight)
     out = torch.zeros_like(value[:, :out_h, :out_w])
     for ky in range(kernel_h):
         for kx in range(kernel_w):
@@ -61,9 +61,9 @@ def qna_offsets(
     return out.flatten(3)
 
 
-def _weights(logits: Tensor, query_weight: Tensor | None) -> Tensor:
-    """Softmax of logits [K, B, Y, X, Q, h], weighted, summed over queries: [K, B, Y, X, h, 1]."""
-    attn = logits.softmax(dim=0)
+def _weights(biased: Tensor, query_weight: Tensor | None) -> Tensor:
+    """Softmax of biased scores [K, B, Y, X, Q, h], weighted, summed over Q: [K, B, Y, X, h, 1]."""
+    attn = biased.softmax(dim=0)
     if query_weight is not None:
         attn = attn * query_weight[:, None, None, None]
     return attn.sum(dim=4).unsqueeze(5)
@@ -85,10 +85,10 @@ def _by_rows(
     for ky in range(kernel_h):
         row = scores[:, ky : ky + rows : stride].unfold(2, kernel_w, stride)
         seen.append(row.movedim(-1, 0))  # kw, B, Y, X, Q, h
-    logits = torch.cat(seen) - shift
+    biased = torch.cat(seen) - shift
     if rel_pos_bias is not None:
-        logits = logits + rel_pos_bias[:, None, None, None]
-    weight = _weights(logits, query_weight).unflatten(0, (kernel_h, kernel_w))
+        biased = biased + rel_pos_bias[:, None, None, None]
+    weight = _weights(biased, query_weight).unflatten(0, (kernel_h, kernel_w))
     out = torch.zeros_like(value[:, : shift.shape[1], : shift.shape[2]])
     for ky in range(kernel_h):
         row = value[:, ky : ky + rows : stride].unfold(2, kernel_w, stride)

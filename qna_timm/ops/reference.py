@@ -39,10 +39,10 @@ def qna_attention_reference(
             ys = slice(max(top, 0), min(top + kernel_h, height))
             xs = slice(max(left, 0), min(left + kernel_w, width))
             inside = (slice(ys.start - top, ys.stop - top), slice(xs.start - left, xs.stop - left))
-            logits = scores[:, ys, xs]  # B, window rows, window columns, Q, h
+            biased = scores[:, ys, xs]  # B, window rows, window columns, Q, h
             if rel_pos_bias is not None:
-                logits = logits + rel_pos_bias.unflatten(0, kernel_size)[inside]
-            attn = logits.flatten(1, 2).softmax(dim=1).view_as(logits)
+                biased = biased + rel_pos_bias.unflatten(0, kernel_size)[inside]
+            attn = biased.flatten(1, 2).softmax(dim=1).view_as(biased)
             if query_weight is not None:
                 table = query_weight.expand(kernel_h * kernel_w, -1, -1)
                 attn = attn * table.unflatten(0, kernel_size)[inside]

@@ -102,21 +102,21 @@ def span_offsets(
     # B, H, W, h, k
     rows = torch.einsum("byxhd,hdk->byxhk", query, rel_pos_h.unflatten(0, (num_heads, -1)))
     cols = torch.einsum("byxhd,hdk->byxhk", query, rel_pos_w.unflatten(0, (num_heads, -1)))
-    scores = []
+    of_offsets = []
     for dy in range(kernel_size):
         seen = key[:, dy : dy + height].unfold(2, kernel_size, 1).movedim(-1, 4)  # B, H, W, h, k, d
         products = (query.unsqueeze(4) * seen).sum(dim=5)
-        scores.append(products + rows[..., dy, None] + cols)
-    logits = torch.cat(scores, dim=4)  # B, H, W, h, K
+        of_offsets.append(products + rows[..., dy, None] + cols)
+    scores = torch.cat(of_offsets, dim=4)  # B, H, W, h, K
     if mask_padding:
         outside = off_map(height, width, kernel_size, qkv.device)
-        logits = logits.masked_fill(outside[None, :, :, None], float("-inf"))
+        scores = scores.masked_fill(outside[None, :, :, None], float("-inf"))
     if mask is None:
-        attn = logits.softmax(dim=4)
+        attn = scores.softmax(dim=4)
     else:
         total = mask if floor is None else mask + floor
-        logits = logits.masked_fill(total == 0.0, float("-inf"))
-        exps = (logits - logits.detach().amax(dim=4, keepdim=True)).exp()
+        scores = scores.masked_fill(total == 0.0, float("-inf"))
+        exps = (scores - scores.detach().amax(dim=4, keepdim=True)).exp()
         attn = exps * mask / (exps * total).sum(dim=4, keepdim=True)
     out = torch.zeros_like(query)
     attn = attn.unflatten(4, (kernel_size, kernel_size)).unsqueeze(6)

@@ -89,8 +89,8 @@ inline void find_tops(const Problem &p, const Seen<NQ> &seen, const Factors<EXAC
     });
     each_offset(p, y, x, all, [&](int64_t o, int64_t at) {
         for (int q = 0; q < NQ; q++) {
-            const Vec logit = load(seen.e[q] + at) - norm.shift[q] + factors.bias[q][o];
-            norm.top[q] = larger(norm.top[q], logit);
+            const Vec biased = load(seen.e[q] + at) - norm.shift[q] + factors.bias[q][o];
+            norm.top[q] = larger(norm.top[q], biased);
         }
     });
 }
