@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from arguments import device_name, model_name, positive_number
-from measuring import Call, time_rounds
+from measuring import Call, fresh_processes, time_rounds
 from reporting import Row, quartile_text, run_benchmark
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -180,7 +180,8 @@ def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
         ):
             yield [time_row(f"{what} {verb}", call, args.rounds, step.device)]
         args.device = "cpu"
-        mp.spawn(communicate, (args, folder), nprocs=2)
+        method = fresh_processes().get_start_method()
+        mp.start_processes(communicate, (args, folder), nprocs=2, start_method=method)
         yield torch.load(Path(folder) / "rows")
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
@@ -252,6 +253,13 @@ def _listen(receiver: Connection, process: BaseProcess, skip_after: float | None
     return Result(skipped=f"takes more than {limit:g} s")
 
 
+def fresh_processes() -> ForkServerContext:
+    """Of which each has computed nothing yet, and imports are made once for all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "timm", "qna_timm"])
+    return context
+
+
 def measure_alone(make: Maker, device: str = "cpu", skip_after: float = math.inf) -> Result:
     """Peak memory of a call, and its seconds, in a process of its own that warmed up with one.
 
@@ -260,8 +268,7 @@ def measure_alone(make: Maker, device: str = "cpu", skip_after: float = math.inf
         device: Where the call computes.
         skip_after: Seconds after which a call is given up.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "qna_timm"])  # imported once for all
+    context = fresh_processes()
     receiver, sender = context.Pipe(duplex=False)
     threads = torch.get_num_threads()
     process = context.Process(target=_measure_alone, args=(sender, make, device, threads))

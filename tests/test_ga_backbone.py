@@ -159,7 +159,7 @@ def test_any_image_size(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     "backbone",
     [
-        pytest.param(name, marks=[pytest.mark.thorough] * name.startswith("eff"))
+        pytest.param(name, marks=[pytest.mark.thorough] * name.startswith(("eff", "mobile")))
         for name in BACKBONES
     ],
 )

@@ -294,8 +294,18 @@ class Network(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("how", [torch.jit.script, _feature_extractor, _compile])
-@pytest.mark.parametrize("name", ["convnext", "cswin", "none"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *(
+            (name, how)
+            for name in ("convnext", "cswin", "none")
+            for how in (torch.jit.script, _feature_extractor)
+        ),
+        ("convnext", _compile),
+        *(pytest.param(x, _compile, marks=pytest.mark.thorough) for x in ("cswin", "none")),
+    ],
+)
 def test_captured(name: str, how: Callable) -> None:
     """Scripted, traced by FX and compiled in one graph: same logits, every parameter trains."""
     model = Network(build(name))

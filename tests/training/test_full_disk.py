@@ -115,7 +115,7 @@ def test_last_write_that_fails(what: str, train: ModuleType, undisturbed: dict[s
     assert different(undisturbed) == []
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_full_for_good(processes: int, train: ModuleType) -> None:
     """From the second epoch on nothing can be written; the run is done again from there."""
     disk = FullDisk("*.safetensors", "*.csv", "*.yaml", "*.json", "train.log", times=0)
