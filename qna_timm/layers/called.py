@@ -11,5 +11,5 @@ def must_be_called(module: nn.Module) -> bool:
     Pruning, quantization, adapters, sharding of a single layer and tools that measure put something
     in a layer's place, or hooks on it, and expect that it is called.
     """
-    is_plain = type(module) in (nn.Linear, nn.Conv2d) and "forward" not in vars(module)
+    is_plain = type(module) in (nn.Linear, nn.Conv2d) and "forward" not in module.__dict__
     return not is_plain or any(getattr(module, name) for name in _HOOKS)
