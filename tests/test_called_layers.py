@@ -63,6 +63,13 @@ def test_adapters(name: str, adapter: type[Adapter]) -> None:
     assert getattr(layer, inner).scale.grad != 0
 
 
+def test_keys_of_another_width() -> None:
+    layer, _, x = make("attention")
+    layer.k = Adapter(nn.Linear(8, 6), 0.0)
+    with pytest.raises(ValueError, match=r"^key must be .* \[B, H, W, 8\], got \[2, 5, 6, 6\]$"):
+        layer(x)
+
+
 @every_layer
 def test_hooks(name: str) -> None:
     layer, inner, x = make(name)

@@ -202,12 +202,10 @@ class LearnedQueryAttention(nn.Module):
 
     def scores(self, x: Tensor, query: Tensor) -> Tensor:
         """Of tokens [B, H, W, D] for normalised queries [Q, h, d]: [B, H, W, Q, h]."""
-        if torch.jit.is_scripting():
-            return learned_query_scores(x, self.k.weight, self.k.bias, query)
-        else:  # in so many words: the script compiler skips an else branch, not code that follows
+        if not torch.jit.is_scripting():  # noqa: SIM102 - its compiler skips no half of a condition
             if must_be_called(self.k):
                 return scores_of_keys(self.k(x), query)
-            return learned_query_scores(x, self.k.weight, self.k.bias, query)
+        return learned_query_scores(x, self.k.weight, self.k.bias, query)
 
     def forward(self, x: Tensor) -> Tensor:
         query = normalize_query(

@@ -292,13 +292,11 @@ class SpanAttention(nn.Module):
 
     def _projected(self, x: Tensor) -> Tensor:
         """Queries, keys and values [B, H, W, 3C] of a map."""
-        # a linear map of channels-last maps, which is how the operator reads them
-        if torch.jit.is_scripting():
-            return F.linear(x.permute(0, 2, 3, 1), self.qkv.weight.flatten(1))
-        else:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - its compiler skips no half of a condition
             if must_be_called(self.qkv):
                 return self.qkv(x).permute(0, 2, 3, 1)
-            return F.linear(x.permute(0, 2, 3, 1), self.qkv.weight.flatten(1))
+        # a linear map of channels-last maps, which is how the operator reads them
+        return F.linear(x.permute(0, 2, 3, 1), self.qkv.weight.flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
         radius = self._radius()

@@ -111,7 +111,13 @@ def scores_of_keys(key: Tensor, query: Tensor) -> Tensor:
 
     Returns:
         [B, H, W, Q, h].
+
+    Raises:
+        ValueError: key is not a channels-last map of C channels.
     """
+    channels, shape = query.shape[1] * query.shape[2], list(key.shape)
+    if not torch.jit.is_tracing() and (len(shape) != 4 or shape[3] != channels):
+        raise ValueError(f"key must be a channels-last map [B, H, W, {channels}], got {shape}")
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     key = key.to(dtype).unflatten(3, query.shape[1:])
     with full_float32(key.device):
