@@ -10,11 +10,30 @@ from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations, prune
 
 from qna_timm.layers import LearnedQueryAttention, LearnedQueryPool, SpanAttention
+from qna_timm.layers.branches import BranchMlp
+from qna_timm.layers.gramian_head import BranchClassAttention
+
+
+class ClassAttention(nn.Module):
+    """Class attention of a map, whose first tokens are the branches' own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = BranchClassAttention(8, 3, attn_dim=6, num_heads=2, init_values=1.0)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x[:, :3].transpose(0, 1), x[:, 3:])
+
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
     "attention": (lambda: LearnedQueryAttention(8, 2, pos_embed="absolute"), "k", (2, 5, 6, 8)),
     "pool": (lambda: LearnedQueryPool(8, 2, 5), "k", (2, 4, 6, 8)),
     "spans": (lambda: SpanAttention(8, 8, 2, adaptive=True, max_span=2), "qkv", (2, 8, 5, 6)),
+    "token's keys": (ClassAttention, "block.k", (2, 9, 8)),
+    "token's values": (ClassAttention, "block.v", (2, 9, 8)),
+    "branches' MLP": (lambda: BranchMlp(8, 16, 3, in_turn=True), "fc1", (3, 7, 8)),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -53,14 +72,14 @@ class AdapterWithWeight(Adapter):
 def test_adapters(name: str, adapter: type[Adapter]) -> None:
     layer, inner, x = make(name)
     wanted = layer(x)
-    setattr(layer, inner, adapter(getattr(layer, inner), 0.0))
+    layer.set_submodule(inner, adapter(layer.get_submodule(inner), 0.0))
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        getattr(layer, inner).scale.fill_(5.0)
+        layer.get_submodule(inner).scale.fill_(5.0)
     found = layer(x)
     assert (found - wanted).abs().max() > 1e-3
     found.square().sum().backward()
-    assert getattr(layer, inner).scale.grad != 0
+    assert layer.get_submodule(inner).scale.grad != 0
 
 
 def test_keys_of_another_width() -> None:
@@ -74,15 +93,15 @@ def test_keys_of_another_width() -> None:
 def test_hooks(name: str) -> None:
     layer, inner, x = make(name)
     wanted, seen = layer(x), []
-    hook = getattr(layer, inner).register_forward_hook(lambda *_: seen.append("forward"))
+    hook = layer.get_submodule(inner).register_forward_hook(lambda *_: seen.append("forward"))
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
     hook.remove()
-    getattr(layer, inner).register_full_backward_hook(lambda *_: seen.append("backward"))
+    layer.get_submodule(inner).register_full_backward_hook(lambda *_: seen.append("backward"))
     layer(x.requires_grad_()).sum().backward()
     assert seen == ["forward", "backward"]
     layer, inner, _ = make(name)
-    of_class = getattr(layer, inner).forward
-    getattr(layer, inner).forward = lambda x: (seen.append("own"), of_class(x))[1]
+    of_class = layer.get_submodule(inner).forward
+    layer.get_submodule(inner).forward = lambda x: (seen.append("own"), of_class(x))[1]
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
     assert seen[-1] == "own"
 
@@ -91,13 +110,13 @@ def test_hooks(name: str) -> None:
 def test_pruning(name: str) -> None:
     """Weights are masked anew in every step, and the ones that training changed."""
     layer, inner, x = make(name)
-    prune.l1_unstructured(getattr(layer, inner), "weight", 0.5)
+    prune.l1_unstructured(layer.get_submodule(inner), "weight", 0.5)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     for _ in range(2):
         layer(x).square().mean().backward()
         optimizer.step()
     found = layer(x)
-    prune.remove(getattr(layer, inner), "weight")
+    prune.remove(layer.get_submodule(inner), "weight")
     torch.testing.assert_close(layer(x), found, rtol=1e-5, atol=1e-6)
 
 
@@ -109,9 +128,9 @@ def test_pruning(name: str) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_normed_weights_train(name: str, norm: Callable) -> None:
     layer, inner, x = make(name)
-    norm(getattr(layer, inner))
+    norm(layer.get_submodule(inner))
     layer(x).square().mean().backward()
-    assert all(p.grad is not None for p in getattr(layer, inner).parameters())
+    assert all(p.grad is not None for p in layer.get_submodule(inner).parameters())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -127,7 +146,7 @@ def test_called_in_other_types(name: str) -> None:
     """To rounding in float64; under autocast as good as its keys; compiled."""
     layer, inner, x = make(name)
     adapted = copy.deepcopy(layer)
-    setattr(adapted, inner, Adapter(getattr(adapted, inner), 0.0))
+    adapted.set_submodule(inner, Adapter(adapted.get_submodule(inner), 0.0))
     torch.testing.assert_close(
         copy.deepcopy(adapted).double()(x.double()), copy.deepcopy(layer).double()(x.double())
     )
@@ -136,3 +155,12 @@ def test_called_in_other_types(name: str) -> None:
     assert (found.float() - layer(x)).abs().max() < 0.05 * layer(x).abs().max()
     compiled = torch.compile(adapted, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_norm_before_folded_attention() -> None:
+    """The norm's map is folded into keys and values, so it is called where it is hooked."""
+    layer, _, x = make("token's keys")
+    wanted, seen = layer(x), []
+    layer.block.norm1.register_forward_hook(lambda *_: seen.append("norm"))
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
+    assert seen == ["norm"]

@@ -5,11 +5,17 @@ from torch import nn
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def must_be_called(module: nn.Module) -> bool:
-    """Whether a linear map or convolution is more than its weight and bias.
+def must_be_called(
+    module: nn.Module, plain: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
+) -> bool:
+    """Whether a layer is more than its parameters.
 
     Pruning, quantization, adapters, sharding of a single layer and tools that measure put something
     in a layer's place, or hooks on it, and expect that it is called.
+
+    Args:
+        module: The layer, or what is in its place.
+        plain: Classes whose parameters alone say what they compute.
     """
-    is_plain = type(module) in (nn.Linear, nn.Conv2d) and "forward" not in module.__dict__
+    is_plain = type(module) in plain and "forward" not in module.__dict__
     return not is_plain or any(getattr(module, name) for name in _HOOKS)

@@ -22,10 +22,17 @@ from qna_timm.layers.branches import (
     check_divisor,
     init_layer,
 )
+from qna_timm.layers.called import must_be_called
 from qna_timm.layers.gram_layer import GRAM_LAYERS, create_gram_layer
-from qna_timm.ops.gramian import class_attention, gram_triangle, triangle_index
+from qna_timm.ops.gramian import (
+    attend_by_keys,
+    class_attention,
+    gram_triangle,
+    triangle_index,
+)
 
 # dtypes and autocast decide inside; FX takes each as one node
+register_notrace_function(attend_by_keys)
 register_notrace_function(class_attention)
 register_notrace_function(gram_triangle)
 
@@ -71,6 +78,7 @@ class BranchClassAttention(nn.Module):
         check_divisor("num_heads", num_heads, attn_dim=attn_dim)
         check_divisor("mlp_groups", mlp_groups, in_features=dim, hidden_features=hidden)
         self.num_heads = num_heads
+        self.num_branches = num_branches
         self.norm1 = BranchNorm(dim, num_branches, **dd)
         self.q = BranchLinear(dim, attn_dim, num_branches, bias=False, **dd)
         self.k = BranchLinear(dim, attn_dim, num_branches, bias=False, **dd)
@@ -81,9 +89,26 @@ class BranchClassAttention(nn.Module):
         self.mlp = BranchMlp(dim, hidden, num_branches, mlp_groups, is_conv=True, **dd)
         self.ls2 = BranchScale(dim, num_branches, init_values, **dd)
 
-    def forward(self, token: Tensor, x: Tensor) -> Tensor:
+    def _has_plain_layers(self) -> bool:
+        """Whether nothing is hooked on, or in the place of, the layers that are folded."""
+        layers = ((self.norm1, BranchNorm), (self.k, BranchLinear), (self.v, BranchLinear))
+        return not any(must_be_called(layer, (kind,)) for layer, kind in layers)
+
+    def _attend_by_layers(self, token: Tensor, x: Tensor) -> Tensor:
+        batch, positions, dim = x.shape
+        # M, B, 1+N, D
+        both = torch.cat([token[:, :, None], x.expand(self.num_branches, -1, -1, -1)], dim=2)
+        both = self.norm1(both.flatten(1, 2))
+        key, value = [f(both).unflatten(1, (batch, 1 + positions)) for f in (self.k, self.v)]
+        own = both.view(-1, batch, 1 + positions, dim)[:, :, 0]
+        return attend_by_keys(self.q(own), key, value, self.num_heads)
+
+    def _attend(self, token: Tensor, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - its compiler skips no half of a condition
+            if not self._has_plain_layers():
+                return self._attend_by_layers(token, x)
         own = self.norm1.standardize(token)
-        attn = class_attention(
+        return class_attention(
             self.q(self.norm1.affine(own)),
             self.norm1.standardize(x),
             own,
@@ -93,7 +118,9 @@ class BranchClassAttention(nn.Module):
             self.norm1.bias,
             self.num_heads,
         )
-        token = token + self.ls1(self.proj(attn))
+
+    def forward(self, token: Tensor, x: Tensor) -> Tensor:
+        token = token + self.ls1(self.proj(self._attend(token, x)))
         return token + self.ls2(self.mlp(self.norm2(token)))
 
 
@@ -329,7 +356,7 @@ class GramianHead(nn.Module):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.block is None:
             return x
-        else:  # the script compiler skips an else branch, not code that follows
+        else:  # TorchScript skips an else branch, not code after a return
             tokens = self._tokens(x)
             if pre_logits or self.num_classes == 0:
                 return tokens.transpose(0, 1).flatten(1)

@@ -10,7 +10,12 @@ from qna_timm.ops.api import (
     window_attention,
 )
 from qna_timm.ops.branches import gram_matrix, part_linear
-from qna_timm.ops.gramian import class_attention, gram_triangle, triangle_index
+from qna_timm.ops.gramian import (
+    attend_by_keys,
+    class_attention,
+    gram_triangle,
+    triangle_index,
+)
 from qna_timm.ops.reference import (
     class_attention_reference,
     gram_triangle_reference,
@@ -22,6 +27,7 @@ from qna_timm.ops.span_api import explain_span_attention, span_attention
 from qna_timm.ops.span_attn import ring_index, ring_weights
 
 __all__ = [
+    "attend_by_keys",
     "average_pool_to",
     "class_attention",
     "class_attention_reference",

@@ -102,6 +102,28 @@ def _class_attention(
     return out.reshape(branches, batch, attn_dim)
 
 
+def attend_by_keys(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """`class_attention` to keys and values that are there already.
+
+        out_j = sum_n softmax_n(query_j . key_jn / sqrt(d)) value_jn
+
+    Args:
+        query: [M, B, e], heads one after the other.
+        key: [M, B, 1+N, e].
+        value: [M, B, 1+N, e].
+        num_heads: h, a divisor of e.
+
+    Returns:
+        [M, B, e] in query's dtype, computed in float32 (float64 for a float64 query).
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    heads = [x.to(dtype).unflatten(-1, (num_heads, -1)) for x in (query, key, value)]
+    with full_float32(query.device):
+        scores = torch.einsum("mbhd,mbnhd->mbhn", heads[0], heads[1])
+        attn = (scores * heads[0].shape[-1] ** -0.5).softmax(dim=3)
+        return torch.einsum("mbhn,mbnhd->mbhd", attn, heads[2]).flatten(2).to(query.dtype)
+
+
 def class_attention(
     query: Tensor,
     x: Tensor,
