@@ -37,10 +37,15 @@ import torch
 from timm.utils import unwrap_model, world_info_from_env
 
 import qna_timm  # noqa: F401  (registers its models)
-from qna_timm.training import curves, report
-from qna_timm.training.checkpoint import check_weights
 from qna_timm.training.control import Control
-from qna_timm.training.distributed import (
+from qna_timm.training.data.holdout import check_same_holdout
+from qna_timm.training.elastic import keep_plan
+from qna_timm.training.errors import RunFailed, UsageError, run_cli
+from qna_timm.training.exactness import check_exact, set_aside_repeated
+from qna_timm.training.flags.intervals import parse_duration, parse_interval
+from qna_timm.training.flags.recipe import as_recipe, as_yaml_dict, parse_train_args
+from qna_timm.training.names import model_label
+from qna_timm.training.processes.distributed import (
     Processes,
     decide_on_primary,
     first_to_tell,
@@ -48,29 +53,24 @@ from qna_timm.training.distributed import (
     leave_processes,
     lost_connection,
 )
-from qna_timm.training.elastic import keep_plan
-from qna_timm.training.errors import RunFailed, UsageError, run_cli
-from qna_timm.training.exactness import check_exact, set_aside_repeated
-from qna_timm.training.holdout import check_same_holdout
-from qna_timm.training.intervals import parse_duration, parse_interval
-from qna_timm.training.lock import RunLock
-from qna_timm.training.logs import RunLog
-from qna_timm.training.names import model_label
-from qna_timm.training.recipe import as_recipe, as_yaml_dict, parse_train_args
-from qna_timm.training.requeue import requeue_job, resume_if_restarted
+from qna_timm.training.processes.requeue import requeue_job, resume_if_restarted
+from qna_timm.training.reporting import curves, report
+from qna_timm.training.reporting.logs import RunLog
+from qna_timm.training.reporting.span_report import SPAN_CURVES_NAME
 from qna_timm.training.run import Run, set_up
-from qna_timm.training.saver import EMA, Saver
 from qna_timm.training.session import Session
 from qna_timm.training.signals import REQUEUE_SIGNAL, Stopped, StopSignals
-from qna_timm.training.span_report import SPAN_CURVES_NAME
-from qna_timm.training.state_files import (
+from qna_timm.training.storage.checkpoint import check_weights
+from qna_timm.training.storage.lock import RunLock
+from qna_timm.training.storage.saver import EMA, Saver
+from qna_timm.training.storage.state_files import (
     find_state,
     load_state,
     read_state_header,
     state_in,
     whole_state,
 )
-from qna_timm.training.writes import Writes
+from qna_timm.training.storage.writes import Writes
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 

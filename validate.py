@@ -24,17 +24,17 @@ import torch
 from timm.utils import check_batch_size_retry, decay_batch_step
 
 import qna_timm  # noqa: F401  (registers its models)
-from qna_timm.training.distributed import (
+from qna_timm.training.errors import RunFailed, UsageError, run_cli
+from qna_timm.training.flags.recipe import parse_validate_args
+from qna_timm.training.measure import measure
+from qna_timm.training.processes.distributed import (
     Processes,
     join_processes,
     leave_processes,
     lost_connection,
 )
-from qna_timm.training.errors import RunFailed, UsageError, run_cli
-from qna_timm.training.logs import RunLog
-from qna_timm.training.measure import measure
-from qna_timm.training.recipe import parse_validate_args
-from qna_timm.training.results import (
+from qna_timm.training.reporting.logs import RunLog
+from qna_timm.training.reporting.results import (
     TO_TERMINAL,
     require_matplotlib,
     require_writable,

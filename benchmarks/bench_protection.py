@@ -38,13 +38,13 @@ from torch import Tensor, nn
 
 import qna_timm  # noqa: F401  (registers its models)
 from qna_timm.training.control import Decision
-from qna_timm.training.distributed import Processes
-from qna_timm.training.intervals import parse_interval
+from qna_timm.training.flags.intervals import parse_interval
+from qna_timm.training.flags.recipe import parse_train_args
 from qna_timm.training.loop import Trainer
 from qna_timm.training.precision import Precision
-from qna_timm.training.recipe import parse_train_args
+from qna_timm.training.processes.distributed import Processes
 from qna_timm.training.resume import Position, collect_state
-from qna_timm.training.state_files import save_state
+from qna_timm.training.storage.state_files import save_state
 from qna_timm.training.task import TrainTask
 
 Batch = tuple[Tensor, Tensor]

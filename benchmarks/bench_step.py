@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qna_timm  # noqa: F401  (registers its models)
-from qna_timm.training.state_files import load_state, save_state
+from qna_timm.training.storage.state_files import load_state, save_state
 
 MB, GB, MS, US = 1e6, 1e9, 1e-3, 1e-6
 QUICK = {"model": "test_vit", "batch_size": 2, "rounds": 1}

@@ -28,11 +28,11 @@ from qna_timm.convert import (
 )
 from qna_timm.convert.common import HEAD_NAMES
 from qna_timm.models import CSWin, GramianNet, QnAViT, SAResNet  # and registers the models
-from qna_timm.training.checkpoint import METADATA_KEY, read_weights
 from qna_timm.training.errors import UsageError, closest, missing_package, run_cli
-from qna_timm.training.files import save_tensors
-from qna_timm.training.flags import OneLineParser
+from qna_timm.training.flags.declaration import OneLineParser
 from qna_timm.training.names import unknown_argument
+from qna_timm.training.storage.checkpoint import METADATA_KEY, read_weights
+from qna_timm.training.storage.files import save_tensors
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def test_folder_to_logits(folder: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "small.safetensors"
     convert(folder, "--model", "qna_vit_tiny", "--out", out, "--model-kwargs", *SMALL_KWARGS)
     assert "2,140,902 values, 10 classes" in capsys.readouterr().out
-    from qna_timm.training.checkpoint import read_metadata
+    from qna_timm.training.storage.checkpoint import read_metadata
 
     metadata = read_metadata(out)
     assert metadata["arch"] == "qna_vit_tiny" and metadata["num_classes"] == 10

@@ -10,8 +10,8 @@ import timm
 import torch
 from test_convert import convert
 
-from qna_timm.training.checkpoint import read_metadata
 from qna_timm.training.errors import UsageError
+from qna_timm.training.storage.checkpoint import read_metadata
 
 NAME = "ga_convnext_tiny_688"
 

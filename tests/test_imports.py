@@ -17,6 +17,15 @@ ALLOWED = {
     "models": {"ops", "layers", "models", "convert"},
     "training": {"ops", "layers", "models", "convert", "training", "version"},
 }
+# of `training`: its folders, each with those below it, and the modules beside them that all may use
+BELOW = {
+    "storage": {"storage"},
+    "processes": {"storage", "processes"},
+    "data": {"storage", "processes", "data"},
+    "flags": {"storage", "processes", "data", "flags"},
+    "reporting": {"storage", "processes", "data", "flags", "reporting"},
+}
+BASE = {"errors", "generators", "names", "signals"}
 CORE = {"torch", "torchvision", "timm", "einops", "yaml", "numpy", "PIL", "safetensors"}
 
 
@@ -50,6 +59,18 @@ def test_imports_go_down(file: Path) -> None:
             assert name.split(".")[1] in ALLOWED[layer], f"{file} imports {name}"
         if layer == "ops":
             assert not name.startswith("timm"), f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("place", sorted(BASE | BELOW.keys()))
+def test_imports_go_down_in_training(place: str) -> None:
+    allowed = BASE | BELOW.get(place, set())
+    files = [file for file in FILES if file.parts[0] == "training"]
+    files = [file for file in files if file.parts[1].removesuffix(".py") == place]
+    assert files
+    for file in files:
+        for name in imports(PACKAGE / file, top_level_only=False):
+            if name.startswith("qna_timm.training."):
+                assert name.split(".")[2] in allowed, f"{file} imports {name}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

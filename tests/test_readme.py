@@ -16,7 +16,7 @@ from preloaded import programs
 from safetensors.torch import save_file
 from test_convert import write_flax
 
-from qna_timm.training.checkpoint import save_weights
+from qna_timm.training.storage.checkpoint import save_weights
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from qna_timm.convert import ConversionError
-from qna_timm.training.checkpoint import (
+from qna_timm.training.data.datasets import dataset_classes
+from qna_timm.training.errors import UsageError
+from qna_timm.training.gramian_task import has_branches
+from qna_timm.training.names import model_label, refused_model
+from qna_timm.training.processes.distributed import Processes
+from qna_timm.training.span_task import has_spans
+from qna_timm.training.storage.checkpoint import (
     check_weights,
     classes_of,
     classifier_names,
@@ -24,12 +30,6 @@ from qna_timm.training.checkpoint import (
     is_classifier_key,
     read_weights,
 )
-from qna_timm.training.data import dataset_classes
-from qna_timm.training.distributed import Processes
-from qna_timm.training.errors import UsageError
-from qna_timm.training.gramian_task import has_branches
-from qna_timm.training.names import model_label, refused_model
-from qna_timm.training.span_task import has_spans
 from qna_timm.training.task import classifier_layers
 
 _logger = logging.getLogger(__name__)
@@ -407,7 +407,7 @@ def describe(
     data_config: dict[str, Any],
     class_names: list[str] | None,
 ) -> dict[str, Any]:
-    """The checkpoints' metadata; `qna_timm.training.checkpoint` lists the keys."""
+    """The checkpoints' metadata; `qna_timm.training.storage.checkpoint` lists the keys."""
     model_args = get_model_args(model)
     # Weights that a trunk started from are no part of the model that is saved.
     model_args.pop("backbone_pretrained", None)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from qna_timm.training.distributed import Processes, reduce_flags
-from qna_timm.training.intervals import Interval
+from qna_timm.training.flags.intervals import Interval
+from qna_timm.training.processes.distributed import Processes, reduce_flags
 from qna_timm.training.signals import Stopped, StopSignals
 
 

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qna_timm.training.saver import EMA, is_better
+from qna_timm.training.storage.saver import EMA, is_better
 
 _logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from qna_timm.training.distributed import Processes
-from qna_timm.training.shards import ShardPlan
+from qna_timm.training.data.shards import ShardPlan
+from qna_timm.training.processes.distributed import Processes
 
 _logger = logging.getLogger(__name__)
 

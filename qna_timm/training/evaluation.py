@@ -8,11 +8,12 @@ import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
+from qna_timm.training.data.image_loader import ImageLoader
+from qna_timm.training.data.views import class_names_of
 from qna_timm.training.errors import UsageError
-from qna_timm.training.image_loader import ImageLoader, process_place
 from qna_timm.training.observers import BranchCounts
-from qna_timm.training.progress import Progress
-from qna_timm.training.views import class_names_of
+from qna_timm.training.processes.distributed import process_place
+from qna_timm.training.reporting.progress import Progress
 
 
 class Observer(Protocol):

@@ -15,12 +15,12 @@ import torchvision
 
 import qna_timm
 from qna_timm.ops.compiled import compiled_attention
-from qna_timm.training.data_print import fingerprint
+from qna_timm.training.data.fingerprint import fingerprint
 from qna_timm.training.errors import UsageError
-from qna_timm.training.flags import flags_by_key
-from qna_timm.training.flags_exact import DATA_PLACE, EXACT, OPTIMIZER, SCHEDULE
-from qna_timm.training.flags_train import TRAIN_FLAGS
-from qna_timm.training.image_loader import process_place
+from qna_timm.training.flags.declaration import flags_by_key
+from qna_timm.training.flags.exact import DATA_PLACE, EXACT, OPTIMIZER, SCHEDULE
+from qna_timm.training.flags.train import TRAIN_FLAGS
+from qna_timm.training.processes.distributed import process_place
 
 __all__ = ["check_exact", "differences", "fingerprint", "versions"]
 

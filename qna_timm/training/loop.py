@@ -17,27 +17,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from qna_timm.training.control import Control, Decision
-from qna_timm.training.data import ImageLoader
+from qna_timm.training.data.datasets import ImageLoader
+from qna_timm.training.data.sampling import seed_shard
+from qna_timm.training.data.views import class_names_of
 from qna_timm.training.diagnosis import diagnose
-from qna_timm.training.distributed import (
-    Processes,
-    gather_to_all,
-    reduce_flags,
-)
 from qna_timm.training.evaluation import check_labels
+from qna_timm.training.flags.intervals import Interval
 from qna_timm.training.generators import derive_seed, seed_average, seed_optimizer
-from qna_timm.training.intervals import Interval
 from qna_timm.training.loss_mean import LossMean
 from qna_timm.training.nonfinite import BufferKeeper, Fault, NonFinite, all_finite, bad_loss
 from qna_timm.training.optim import current_lr
 from qna_timm.training.precision import Precision
-from qna_timm.training.progress import Progress
-from qna_timm.training.sampling import seed_shard
+from qna_timm.training.processes.distributed import (
+    Processes,
+    gather_to_all,
+    reduce_flags,
+)
+from qna_timm.training.reporting.progress import Progress
 from qna_timm.training.signals import StopSignals
+from qna_timm.training.storage.writes import Writes
 from qna_timm.training.task import TrainTask
 from qna_timm.training.updates import group_of, num_batches, num_updates
-from qna_timm.training.views import class_names_of
-from qna_timm.training.writes import Writes
 
 # Updates left out in a row before the run ends all the same.
 MOST_SKIPPED = 10
@@ -175,7 +175,7 @@ class Trainer:
         if hasattr(self.optimizer, "sync_lookahead"):
             self.optimizer.sync_lookahead()
             self.task.post_step()
-        return self.mean.compute(self.processes)
+        return self.mean.compute()
 
     def _begin_epoch(self, loader: ImageLoader, epoch: int, start: int) -> None:
         """Counters and modes as they are after `start` updates of an epoch."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qna_timm.training.distributed import Processes, sum_over_processes
+from qna_timm.training.processes.distributed import sum_over_processes
 
 
 class LossMean:
@@ -45,9 +45,9 @@ class LossMean:
         self._sums.clear()
         self._images.zero_()
 
-    def compute(self, processes: Processes) -> dict[str, float]:
+    def compute(self) -> dict[str, float]:
         """The means over all images of all processes; a loss of NaN where none was counted."""
-        totals = sum_over_processes(torch.stack([self._images, *self._sums.values()]), processes)
+        totals = sum_over_processes(torch.stack([self._images, *self._sums.values()]))
         images, *sums = totals.tolist()
         if not images:
             return {"loss": math.nan}

@@ -12,18 +12,18 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from qna_timm.training.data import create_eval_loader
-from qna_timm.training.distributed import Processes
+from qna_timm.training.data.datasets import create_eval_loader
+from qna_timm.training.data.image_loader import ImageLoader
 from qna_timm.training.errors import UsageError
 from qna_timm.training.evaluation import Observer, evaluate
 from qna_timm.training.gramian_task import has_branches
-from qna_timm.training.image_loader import ImageLoader
 from qna_timm.training.kernels import choose_kernels
 from qna_timm.training.names import model_label
 from qna_timm.training.observers import BranchCounts, ClassCounts, ImageCount, RealLabels
 from qna_timm.training.precision import Precision
-from qna_timm.training.progress import Progress
-from qna_timm.training.results import (
+from qna_timm.training.processes.distributed import Processes
+from qna_timm.training.reporting.progress import Progress
+from qna_timm.training.reporting.results import (
     TO_TERMINAL,
     averaged_scores,
     class_table,

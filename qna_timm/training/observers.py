@@ -5,20 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from timm.data import RealLabelsImagenet
 from torch import Tensor
 
 from qna_timm.training.errors import UsageError
-from qna_timm.training.image_loader import process_place
-
-
-def _sum_processes(tensor: Tensor) -> Tensor:
-    """Element-wise sum over all processes; the tensor itself without torch.distributed."""
-    if process_place()[1] > 1:
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
+from qna_timm.training.processes.distributed import process_place, sum_over_processes
 
 
 class ImageCount:
@@ -37,7 +28,7 @@ class ImageCount:
         Args:
             device: Where processes exchange tensors.
         """
-        return int(_sum_processes(torch.tensor(self.images, device=device)))
+        return int(sum_over_processes(torch.tensor(self.images, device=device)))
 
 
 class ClassCounts:
@@ -72,11 +63,11 @@ class ClassCounts:
 
     def totals(self) -> Tensor:
         """Images, predictions, right at first, right among five: [4, classes], of all processes."""
-        return _sum_processes(self._counts).cpu()
+        return sum_over_processes(self._counts).cpu()
 
     def matrix(self) -> Tensor:
         """Images by [true class, predicted class], of all processes."""
-        return _sum_processes(self._matrix).cpu()
+        return sum_over_processes(self._matrix).cpu()
 
 
 class BranchCounts:
@@ -110,7 +101,7 @@ class BranchCounts:
         pairs = self.num_branches * (self.num_branches - 1)
         if not pairs:
             return {}
-        images, *right, agreeing = _sum_processes(self._counts).tolist()
+        images, *right, agreeing = sum_over_processes(self._counts).tolist()
         percent = 100 / max(images, 1)
         top1 = {f"branch_{index}_top1": percent * count for index, count in enumerate(right)}
         return {**top1, "agreement": percent * agreeing / pairs}
@@ -155,5 +146,5 @@ class RealLabels:
         """
         right = self._labels.is_correct
         own = torch.tensor([len(right[1]), sum(right[1]), sum(right[5])], device=device)
-        images, top1, top5 = _sum_processes(own).tolist()
+        images, top1, top5 = sum_over_processes(own).tolist()
         return {"top1": 100 * top1 / max(images, 1), "top5": 100 * top5 / max(images, 1)}

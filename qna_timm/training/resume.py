@@ -16,10 +16,10 @@ from timm.scheduler import PlateauLRScheduler
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from qna_timm.training.checkpoint import check_weights
-from qna_timm.training.distributed import gather_to_primary
 from qna_timm.training.errors import UsageError
 from qna_timm.training.loop import Trainer
+from qna_timm.training.processes.distributed import gather_to_primary
+from qna_timm.training.storage.checkpoint import check_weights
 
 _PLATEAU_COUNTS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import qna_timm
-from qna_timm.training import report
 from qna_timm.training.build import (
     build_model,
     check_forward,
@@ -24,15 +23,15 @@ from qna_timm.training.build import (
     prepare_model,
 )
 from qna_timm.training.control import Control
-from qna_timm.training.data import (
+from qna_timm.training.data.datasets import (
     ImageLoader,
     create_eval_loader,
     create_train_loader,
     open_datasets,
     uses_prefetcher,
 )
-from qna_timm.training.data_print import fingerprint
-from qna_timm.training.distributed import Processes
+from qna_timm.training.data.fingerprint import fingerprint
+from qna_timm.training.data.shards import ShardPlan
 from qna_timm.training.exactness import versions
 from qna_timm.training.gramian_task import GramianTask, has_branches
 from qna_timm.training.kernels import choose_kernels
@@ -40,7 +39,8 @@ from qna_timm.training.loop import Trainer
 from qna_timm.training.names import model_label
 from qna_timm.training.optim import create_optimizer, create_schedule, learning_rate
 from qna_timm.training.precision import Precision
-from qna_timm.training.shards import ShardPlan
+from qna_timm.training.processes.distributed import Processes
+from qna_timm.training.reporting import report
 from qna_timm.training.span_task import DEFAULT_PENALTY, SpanTask, has_spans
 from qna_timm.training.task import TrainTask, create_loss, create_mixup
 from qna_timm.training.tta import AveragedViews

@@ -11,33 +11,34 @@ from timm.scheduler import PlateauLRScheduler
 from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
-from qna_timm.training import curves, report, resume
-from qna_timm.training.bad_images import merge_replaced
+from qna_timm.training import resume
 from qna_timm.training.control import Decision
-from qna_timm.training.distributed import decide_on_primary, gather_to_primary
+from qna_timm.training.data.bad_images import merge_replaced
+from qna_timm.training.data.shards import ShardPlan
 from qna_timm.training.early_stop import stops_early
 from qna_timm.training.elastic import images_asked
 from qna_timm.training.errors import RunFailed
 from qna_timm.training.evaluation import evaluate
+from qna_timm.training.flags.recipe import as_yaml_dict
 from qna_timm.training.nonfinite import NonFinite
 from qna_timm.training.optim import current_lr
-from qna_timm.training.progress import Progress, epoch_text
-from qna_timm.training.recipe import as_yaml_dict
+from qna_timm.training.processes.distributed import decide_on_primary, gather_to_primary
+from qna_timm.training.reporting import curves, report
+from qna_timm.training.reporting.progress import Progress, epoch_text
+from qna_timm.training.reporting.span_report import span_lines, write_spans
 from qna_timm.training.resume import Position
 from qna_timm.training.run import Run, with_views
-from qna_timm.training.saver import EMA, Saver
-from qna_timm.training.shards import ShardPlan
 from qna_timm.training.signals import Stopped
-from qna_timm.training.span_report import span_lines, write_spans
-from qna_timm.training.state_files import (
+from qna_timm.training.storage.saver import EMA, Saver
+from qna_timm.training.storage.state_files import (
     PREVIOUS_NAME,
     STATE_NAME,
     load_state,
     save_state,
     whole_state,
 )
+from qna_timm.training.storage.writes import Writes
 from qna_timm.training.updates import num_updates
-from qna_timm.training.writes import Writes
 
 # Batches of an accelerator's evaluation between two looks at signals: a reduction costs more than
 # it is worth where a batch takes milliseconds.
@@ -178,7 +179,7 @@ class Session:
         args, trainer = run.args, run.trainer
         began, label = time.perf_counter(), f"{epoch + 1}/{run.last_epoch}"
         if self.position.evaluating:
-            losses = trainer.mean.compute(run.processes)
+            losses = trainer.mean.compute()
         else:
             losses = self._train_epoch(epoch, label)
             self._average_statistics()

@@ -9,8 +9,8 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 import qna_timm.models  # noqa: F401  (registers them)
-from qna_timm.training.checkpoint import find_weights, load_weights, read_metadata
 from qna_timm.training.errors import UsageError
+from qna_timm.training.storage.checkpoint import find_weights, load_weights, read_metadata
 
 
 class Trained(NamedTuple):

@@ -17,23 +17,23 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from qna_timm.training.build import script
-from qna_timm.training.checkpoint import (
+from qna_timm.training.data.datasets import dataset_classes, open_dataset, open_holdout
+from qna_timm.training.data.holdout import HOLDOUT_SPLIT, take_holdout
+from qna_timm.training.errors import UsageError
+from qna_timm.training.gramian_task import has_branches
+from qna_timm.training.names import (
+    expand_model_names,
+    model_label,
+    refused_model,
+    resolve_model,
+)
+from qna_timm.training.storage.checkpoint import (
     FOLDER_FILES,
     STATE_SUFFIX,
     WEIGHTS_SUFFIXES,
     find_weights,
     load_weights,
     read_metadata,
-)
-from qna_timm.training.data import dataset_classes, open_dataset, open_holdout
-from qna_timm.training.errors import UsageError
-from qna_timm.training.gramian_task import has_branches
-from qna_timm.training.holdout import HOLDOUT_SPLIT, take_holdout
-from qna_timm.training.names import (
-    expand_model_names,
-    model_label,
-    refused_model,
-    resolve_model,
 )
 
 _logger = logging.getLogger(__name__)

@@ -265,7 +265,7 @@ if __name__ == "__main__":
         )
         sys.exit(2)
     install()
-    from qna_timm.training import loaders
+    from qna_timm.training.data import loaders
 
     loaders._PREFETCH_DEVICES = (KIND,)  # as on a GPU, batches are made ready on the device
     del sys.argv[0]

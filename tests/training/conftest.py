@@ -8,7 +8,7 @@ import pytest
 import torch
 from killing import load_train
 
-from qna_timm.training import curves
+from qna_timm.training.reporting import curves
 
 
 @pytest.fixture(autouse=True)

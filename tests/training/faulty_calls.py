@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qna_timm.training import files
-from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, load_state, save_state
+from qna_timm.training.storage import files
+from qna_timm.training.storage.state_files import PREVIOUS_NAME, STATE_NAME, load_state, save_state
 
 
 class FaultyCalls:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qna_timm.training import curves
-from qna_timm.training.sampling import KeyedDataset
+from qna_timm.training.data.sampling import KeyedDataset
+from qna_timm.training.reporting import curves
 
 UPDATES = 4  # of an epoch
 PER_UPDATE = 32  # images, of 4 shards

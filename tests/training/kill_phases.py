@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qna_timm.training import curves, loop
+from qna_timm.training import loop
 from qna_timm.training.control import Control
+from qna_timm.training.reporting import curves
 from qna_timm.training.session import Session
 
 # The first is where a process begins; `between` is what the others leave of a session.

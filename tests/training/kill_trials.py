@@ -14,8 +14,8 @@ import span_model  # noqa: F401  (registers its model)
 from kill_phases import PHASES, Phases, Strike
 from killing import Run, any_ended, contents, differing, to_the_end
 
-from qna_timm.training.report import SUMMARY_NAME
-from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, state_in
+from qna_timm.training.reporting.report import SUMMARY_NAME
+from qna_timm.training.storage.state_files import PREVIOUS_NAME, STATE_NAME, state_in
 
 EVERYTHING = (
     "--drop-path 0.1 --mixup 0.2 --cutmix 1 --aa rand-m5-mstd0.5-inc1 --reprob 0.3 --model-ema"

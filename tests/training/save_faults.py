@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 from faulty_calls import FaultyCalls, save_two, small_state
 
-from qna_timm.training.state_files import STATE_NAME, load_state, save_state
+from qna_timm.training.storage.state_files import STATE_NAME, load_state, save_state
 
 MOST = 16  # calls of one kind in a save, and more
 # strace counts the calls of each process and strikes at this one: others are made up beforehand.

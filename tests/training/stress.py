@@ -33,7 +33,7 @@ from test_files_killed import STAGES, check_goes_on
 
 from qna_timm.training.errors import UsageError
 from qna_timm.training.session import Session
-from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, load_state, whole_state
+from qna_timm.training.storage.state_files import PREVIOUS_NAME, STATE_NAME, load_state, whole_state
 
 HERE = Path(__file__).resolve().parent
 ELASTIC = Case(f"--model test_vit {EVERYTHING} --checkpoint-interval 1", 2, elastic=True)

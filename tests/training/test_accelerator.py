@@ -18,7 +18,7 @@ from preloaded import programs
 from short_runs import summary
 from test_processes import plain_environment, slurm_task
 
-from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME
+from qna_timm.training.storage.state_files import PREVIOUS_NAME, STATE_NAME
 
 REAL = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(

@@ -18,13 +18,13 @@ from timm.data import AugMixDataset
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from qna_timm.training import bad_images, data, image_loader, loaders
-from qna_timm.training.bad_images import ReadableImages, merge_replaced, path_of
+from qna_timm.training.data import bad_images, datasets, image_loader, loaders
+from qna_timm.training.data.bad_images import ReadableImages, merge_replaced, path_of
+from qna_timm.training.data.image_loader import ImageLoader
+from qna_timm.training.data.shards import plan_shards
+from qna_timm.training.data.views import ImageView
 from qna_timm.training.errors import RunFailed
-from qna_timm.training.image_loader import ImageLoader
-from qna_timm.training.recipe import parse_train_args
-from qna_timm.training.shards import plan_shards
-from qna_timm.training.views import ImageView
+from qna_timm.training.flags.recipe import parse_train_args
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -75,9 +75,9 @@ def flags(root: Path, *argv: str) -> Namespace:
 
 def train_loader(root: Path, *argv: str, **kwargs: Any) -> ImageLoader:
     args = flags(root, *argv)
-    train_set, splits = data.open_datasets(args)[0], args.aug_splits
+    train_set, splits = datasets.open_datasets(args)[0], args.aug_splits
     _opened.append(
-        data.create_train_loader(
+        datasets.create_train_loader(
             train_set, args, CONFIG, device=CPU, num_aug_splits=splits, **kwargs
         )
     )
@@ -199,8 +199,8 @@ class TestTraining:
 class TestEvaluation:
     def loader(self, root: Path, *argv: str) -> ImageLoader:
         args = flags(root, *argv)
-        dataset = data.open_datasets(args)[1]
-        _opened.append(data.create_eval_loader(dataset, args, CONFIG, device=CPU, batch_size=7))
+        dataset = datasets.open_datasets(args)[1]
+        _opened.append(datasets.create_eval_loader(dataset, args, CONFIG, device=CPU, batch_size=7))
         return _opened[-1]
 
     @pytest.mark.parametrize("workers", ["0", "2"])
@@ -224,10 +224,10 @@ class TestEvaluation:
 
     def test_held_out(self, root: Path) -> None:
         args = flags(root, "--val-fraction", "0.5")
-        train, held_out = data.open_datasets(args)
-        of = data.create_eval_loader(held_out, args, CONFIG, device=CPU, batch_size=5)
+        train, held_out = datasets.open_datasets(args)
+        of = datasets.create_eval_loader(held_out, args, CONFIG, device=CPU, batch_size=5)
         list(of)
-        own = data.create_train_loader(train, args, CONFIG, device=CPU)
+        own = datasets.create_train_loader(train, args, CONFIG, device=CPU)
         batches(own, 0)
         listed = [Path(e["path"]).name for loader in (of, own) for e in loader.replaced()]
         assert sorted(listed) == sorted(Path(name).name for name in BAD)
@@ -310,12 +310,12 @@ class TestReading:
         except OSError:
             pytest.skip("the file system wants UTF-8")
         args = flags(tmp_path)
-        dataset = data.open_dataset(args, "train", True)
+        dataset = datasets.open_dataset(args, "train", True)
         assert path_of(dataset, 0) == f"{folder}/\\xff.png"
 
     def test_paths_through_views(self, root: Path) -> None:
-        plain = data.open_dataset(flags(root), "train", True)
-        torchvision = data.open_dataset(
+        plain = datasets.open_dataset(flags(root), "train", True)
+        torchvision = datasets.open_dataset(
             flags(root, "--dataset", "torch/image_folder"), "train", True
         )
         last = str(root / "train" / "bee" / "19.jpg")

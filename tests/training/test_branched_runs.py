@@ -18,17 +18,18 @@ from PIL import Image
 from torch import nn
 
 from qna_timm.convert import ConversionError
-from qna_timm.training import build, curves, names, report
-from qna_timm.training.checkpoint import (
+from qna_timm.training import build, names
+from qna_timm.training.errors import UsageError
+from qna_timm.training.flags.recipe import as_yaml_dict, parse_train_args
+from qna_timm.training.reporting import curves, report
+from qna_timm.training.reporting.progress import epoch_text
+from qna_timm.training.storage.checkpoint import (
     check_weights,
     load_weights,
     read_metadata,
     read_weights,
     save_weights,
 )
-from qna_timm.training.errors import UsageError
-from qna_timm.training.progress import epoch_text
-from qna_timm.training.recipe import as_yaml_dict, parse_train_args
 from qna_timm.training.validation import Candidate, settings_for
 
 HERE = Path(__file__).resolve().parent

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qna_timm.training import loop
 from qna_timm.training.branch_loss import branch_losses, decorrelation
-from qna_timm.training.distributed import Processes
 from qna_timm.training.evaluation import evaluate
+from qna_timm.training.flags.recipe import parse_train_args
 from qna_timm.training.gramian_task import GramianTask
 from qna_timm.training.observers import BranchCounts
 from qna_timm.training.precision import Precision
-from qna_timm.training.recipe import parse_train_args
+from qna_timm.training.processes.distributed import Processes
 
 DATA = Path(__file__).parents[1] / "data"
 CPU = torch.device("cpu")

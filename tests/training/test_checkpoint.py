@@ -14,17 +14,17 @@ from timm.models import load_checkpoint
 from torch import nn
 
 from qna_timm.training.build import build_model
-from qna_timm.training.checkpoint import (
+from qna_timm.training.errors import UsageError
+from qna_timm.training.flags.recipe import parse_train_args
+from qna_timm.training.storage.checkpoint import (
     load_weights,
     read_metadata,
     read_weights,
     save_weights,
 )
-from qna_timm.training.errors import UsageError
-from qna_timm.training.files import replacing
-from qna_timm.training.packing import pack, unpack
-from qna_timm.training.recipe import parse_train_args
-from qna_timm.training.saver import Saver, is_better
+from qna_timm.training.storage.files import replacing
+from qna_timm.training.storage.packing import pack, unpack
+from qna_timm.training.storage.saver import Saver, is_better
 
 METADATA = {"arch": "test_vit", "num_classes": 3, "class_names": ["ant", "bee", "cat"]}
 

@@ -24,8 +24,8 @@ from recipe_files import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import qna_timm  # noqa: F401  (registers its models)
+from qna_timm.training.flags.recipe import parse_train_args
 from qna_timm.training.optim import create_optimizer, create_schedule, learning_rate
-from qna_timm.training.recipe import parse_train_args
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 PAPERS = [*QNA, *GRAMIAN]

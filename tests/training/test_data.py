@@ -18,11 +18,11 @@ from timm.data import FastCollateMixup
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from qna_timm.training import data, loaders, posterize
+from qna_timm.training.data import datasets, loaders, posterize
+from qna_timm.training.data.sampling import EpochSampler, KeyedCollate, KeyedDataset
+from qna_timm.training.data.shards import plan_shards
 from qna_timm.training.errors import UsageError
-from qna_timm.training.recipe import parse_train_args, parse_validate_args
-from qna_timm.training.sampling import EpochSampler, KeyedCollate, KeyedDataset
-from qna_timm.training.shards import plan_shards
+from qna_timm.training.flags.recipe import parse_train_args, parse_validate_args
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -73,7 +73,7 @@ def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
 
 class TestDigits:
     def test_split_is_fixed_stratified_and_disjoint(self) -> None:
-        train, val = data.open_datasets(digits_args())
+        train, val = datasets.open_datasets(digits_args())
         assert (len(train), len(val)) == (1438, 359)
         labels = [np.bincount([y for _, y in split], minlength=10) for split in (train, val)]
         share = labels[1] / (labels[0] + labels[1])
@@ -83,30 +83,30 @@ class TestDigits:
         # the split of the first release; a change would make results incomparable
         digest = hashlib.sha256(val.dataset.images.tobytes()).hexdigest()
         assert digest.startswith("2f5eb12f1dfec8a2")
-        assert data.dataset_classes(train) == (10, list("0123456789"))
+        assert datasets.dataset_classes(train) == (10, list("0123456789"))
 
     @pytest.mark.parametrize(("flags", "mode"), [((), "RGB"), (("--in-chans", "1"), "L")])
     def test_image_mode_follows_channels(self, flags: tuple[str, ...], mode: str) -> None:
-        image, _ = data.open_datasets(digits_args(*flags))[0][0]
+        image, _ = datasets.open_datasets(digits_args(*flags))[0][0]
         assert (image.mode, image.size) == (mode, (8, 8))
         assert image.getextrema() != (0, 0)
 
     def test_models_own_channels_win_over_the_default(self) -> None:
         args = digits_args()
-        dataset, _ = data.open_datasets(args)
+        dataset, _ = datasets.open_datasets(args)
         config = {**CONFIG, "input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,)}
-        inputs, _ = next(iter(data.create_train_loader(dataset, args, config, device=CPU)))
+        inputs, _ = next(iter(datasets.create_train_loader(dataset, args, config, device=CPU)))
         assert inputs.shape == (64, 1, 16, 16)
 
     def test_few_samples_keep_all_classes(self) -> None:
         args = digits_args("--train-num-samples", "40", "--val-num-samples", "20")
-        train, val = data.open_datasets(args)
+        train, val = datasets.open_datasets(args)
         assert (len(train), len(val)) == (40, 20)
         assert len({label for _, label in train}) == 10
 
     def test_misspelt_split(self) -> None:
         with pytest.raises(UsageError, match=r"--val-split 'validaton'.*did you mean 'validation'"):
-            data.open_datasets(digits_args("--val-split", "validaton"))
+            datasets.open_datasets(digits_args("--val-split", "validaton"))
 
 
 class TestOrder:
@@ -166,8 +166,8 @@ class TestTrainLoader:
 
     def loader(self, *argv: str) -> loaders.ImageLoader:
         args = digits_args("--train-num-samples", "200", *self.FLAGS, *argv)
-        dataset, _ = data.open_datasets(args)
-        return data.create_train_loader(dataset, args, CONFIG, device=CPU)
+        dataset, _ = datasets.open_datasets(args)
+        return datasets.create_train_loader(dataset, args, CONFIG, device=CPU)
 
     def test_augmentations_depend_on_epoch_and_seed_only(self) -> None:
         loader = self.loader()
@@ -188,12 +188,16 @@ class TestTrainLoader:
         args = digits_args()
         args.given.pop("workers", None)
         args.workers = 4
-        dataset, _ = data.open_datasets(args)
-        assert data.create_train_loader(dataset, args, CONFIG, device=CPU)._inner.num_workers == 1
-        loader = data.create_eval_loader(dataset, args, CONFIG, device=CPU, batch_size=8)
+        dataset, _ = datasets.open_datasets(args)
+        assert (
+            datasets.create_train_loader(dataset, args, CONFIG, device=CPU)._inner.num_workers == 1
+        )
+        loader = datasets.create_eval_loader(dataset, args, CONFIG, device=CPU, batch_size=8)
         assert loader._inner.num_workers == 1
         args.given["workers"] = args.workers = 2
-        assert data.create_train_loader(dataset, args, CONFIG, device=CPU)._inner.num_workers == 2
+        assert (
+            datasets.create_train_loader(dataset, args, CONFIG, device=CPU)._inner.num_workers == 2
+        )
 
     def test_batch_larger_than_a_stream(self) -> None:
         """Streams repeat themselves to fill a batch, so their length has to be asked for."""
@@ -206,7 +210,7 @@ class TestTrainLoader:
 
         args = digits_args("-b", "37")
         with pytest.raises(UsageError, match=r"--batch-size 37 is larger .* 36 images"):
-            data.create_train_loader(Stream(), args, CONFIG, device=CPU)
+            datasets.create_train_loader(Stream(), args, CONFIG, device=CPU)
 
     def test_multi_epochs_loader_keeps_the_order_also_when_left_early(self) -> None:
         plain, multi = self.loader(), self.loader("--use-multi-epochs-loader", "-j", "1")
@@ -226,8 +230,8 @@ class TestTrainLoader:
 
     def test_augmentation_splits(self) -> None:
         args = digits_args("--aug-splits", "2", "--aa", "augmix-m3-w3")
-        dataset, _ = data.open_datasets(args)
-        loader = data.create_train_loader(dataset, args, CONFIG, device=CPU, num_aug_splits=2)
+        dataset, _ = datasets.open_datasets(args)
+        loader = datasets.create_train_loader(dataset, args, CONFIG, device=CPU, num_aug_splits=2)
         inputs, target = next(iter(loader))
         assert inputs.shape == (128, 3, 16, 16)
         assert torch.equal(target[:64], target[64:])
@@ -244,8 +248,10 @@ class TestTrainLoader:
         for probability in ("0", "1"):
             args = digits_args("--aug-splits", "2", "--resplit", "--reprob", probability, *still)
             args.train_interpolation = "bilinear"
-            dataset, _ = data.open_datasets(args)
-            loader = data.create_train_loader(dataset, args, CONFIG, device=CPU, num_aug_splits=2)
+            dataset, _ = datasets.open_datasets(args)
+            loader = datasets.create_train_loader(
+                dataset, args, CONFIG, device=CPU, num_aug_splits=2
+            )
             batch[probability], _ = next(iter(loader))
         erased = (batch["0"] != batch["1"]).flatten(1).any(dim=1)
         assert erased.tolist() == [False] * 64 + [True] * 64
@@ -253,21 +259,23 @@ class TestTrainLoader:
     def test_step_larger_than_the_dataset(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsageError, match=r"--batch-size 1439 is larger .* 1438 images"):
             args = train_args("--dataset", "sklearn/digits", "-b", "1439")
-            data.create_train_loader(data.open_datasets(args)[0], args, CONFIG, device=CPU)
+            datasets.create_train_loader(datasets.open_datasets(args)[0], args, CONFIG, device=CPU)
         monkeypatch.setattr(loaders, "process_place", lambda: (1, 4))
         expected = "800 x 4 processes = 3200 images a step.* --batch-size 359 or less"
         with pytest.raises(UsageError, match=expected):
             args = train_args("--dataset", "sklearn/digits", "-b", "800")
-            data.create_train_loader(data.open_datasets(args)[0], args, CONFIG, device=CPU)
+            datasets.create_train_loader(datasets.open_datasets(args)[0], args, CONFIG, device=CPU)
 
     def test_mixing_in_the_loader_stops_in_persistent_workers(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(loaders, "_PREFETCH_DEVICES", ("cpu",))
         args = digits_args("--train-num-samples", "128", "-j", "1")
-        dataset, _ = data.open_datasets(args)
+        dataset, _ = datasets.open_datasets(args)
         mixup = FastCollateMixup(mixup_alpha=1.0, label_smoothing=0.0, num_classes=10)
-        loader = data.create_train_loader(dataset, args, CONFIG, device=CPU, mixup_collate=mixup)
+        loader = datasets.create_train_loader(
+            dataset, args, CONFIG, device=CPU, mixup_collate=mixup
+        )
         assert isinstance(loader.loader, PrefetchLoader)
         assert loader.mixup_enabled
         mixed = [target for _, target in loader]
@@ -299,18 +307,20 @@ class TestTrainLoader:
         args.remode = "nosuch"
         args.reprob = 0.5
         with pytest.raises(UsageError, match="--remode nosuch"):
-            data.create_train_loader(data.open_datasets(args)[0], args, CONFIG, device=CPU)
+            datasets.create_train_loader(datasets.open_datasets(args)[0], args, CONFIG, device=CPU)
 
 
 class TestFolders:
     def open(self, root: Path, *argv: str) -> tuple[Dataset, Dataset]:
-        return data.open_datasets(train_args("--data-dir", str(root), *argv))
+        return datasets.open_datasets(train_args("--data-dir", str(root), *argv))
 
     def test_validation_labels_are_those_of_training(
         self, root: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         train, val = self.open(root)
-        assert data.dataset_classes(train) == data.dataset_classes(val) == (3, list(CLASSES))
+        assert (
+            datasets.dataset_classes(train) == datasets.dataset_classes(val) == (3, list(CLASSES))
+        )
         for split in (train, val):
             assert all(image.getpixel((0, 0))[0] == 10 * (1 + label) for image, label in split)
         assert "no image of 1 of the 3 classes: ant" in caplog.text
@@ -344,7 +354,7 @@ class TestFolders:
         (root / "train" / "dog").mkdir()
         (root / "train" / "dog" / "1.webp").touch()
         train, _ = self.open(root)
-        assert data.dataset_classes(train) == (3, list(CLASSES))
+        assert datasets.dataset_classes(train) == (3, list(CLASSES))
         assert "folders without images (.png .jpg .jpeg) make no class: dog" in caplog.text
 
     def test_same_class_name_in_two_places(
@@ -352,19 +362,19 @@ class TestFolders:
     ) -> None:
         write_images(root / "train" / "more", {"bee": 1})
         train, _ = self.open(root)
-        assert data.dataset_classes(train) == (3, list(CLASSES))
+        assert datasets.dataset_classes(train) == (3, list(CLASSES))
         assert "'bee' is the name of 2 folders" in caplog.text
 
     def test_validate_takes_a_flat_folder_only_by_default(self, root: Path) -> None:
         flat = shutil.copytree(root / "train", root / "pictures")
         args = parse_validate_args(["--data-dir", str(flat), "--device", "cpu"])
-        assert len(data.open_dataset(args, args.split, False)) == 12
+        assert len(datasets.open_dataset(args, args.split, False)) == 12
         args = parse_validate_args(["--data-dir", str(flat), "--split", "test", "--device", "cpu"])
         with pytest.raises(UsageError, match="--split 'test'"):
-            data.open_dataset(args, args.split, False)
+            datasets.open_dataset(args, args.split, False)
         flags = ["--data-dir", str(root / "val"), "--split", "validation"]
         args = parse_validate_args([*flags, "--device", "cpu"])
-        assert len(data.open_dataset(args, args.split, False)) == 5  # named like its split
+        assert len(datasets.open_dataset(args, args.split, False)) == 5  # named like its split
 
     def test_empty_and_unsorted_folders(self, root: Path) -> None:
         (root / "none" / "train").mkdir(parents=True)
@@ -389,7 +399,7 @@ class TestFolders:
     def test_class_map(self, root: Path) -> None:
         (root / "map.txt").write_text("cat\nbee\nant\n")
         train, _ = self.open(root, "--class-map", str(root / "map.txt"))
-        assert data.dataset_classes(train) == (3, ["cat", "bee", "ant"])
+        assert datasets.dataset_classes(train) == (3, ["cat", "bee", "ant"])
         (root / "map.txt").write_text("eel\n")
         with pytest.raises(UsageError, match="are its folders named in --class-map"):
             self.open(root, "--class-map", str(root / "map.txt"))
@@ -427,8 +437,8 @@ class TestFolders:
         train, val = self.open(root)
         args = train_args("--data-dir", str(root), "-b", "12", "--color-jitter", "0")
         for loader in (
-            data.create_train_loader(train, args, CONFIG, device=CPU),
-            data.create_eval_loader(val, args, CONFIG, device=CPU, batch_size=12),
+            datasets.create_train_loader(train, args, CONFIG, device=CPU),
+            datasets.create_eval_loader(val, args, CONFIG, device=CPU, batch_size=12),
         ):
             images, labels = next(iter(loader))
             level = (images.mean(dim=(1, 2, 3)) * 0.5 + 0.5) * 255
@@ -453,7 +463,7 @@ class TestFolders:
             self.open(root, "--input-img-mode", "rgb")
         args = train_args("--data-dir", str(root), "--input-img-mode", "L", "-b", "2")
         with pytest.raises(UsageError, match="L gives 1 channels, but the model takes 3"):
-            data.create_train_loader(data.open_datasets(args)[0], args, CONFIG, device=CPU)
+            datasets.create_train_loader(datasets.open_datasets(args)[0], args, CONFIG, device=CPU)
 
     def test_torchvision_image_folder(self, root: Path) -> None:
         train, val = self.open(root, "--dataset", "torch/image_folder")
@@ -465,13 +475,13 @@ class TestOtherKinds:
     def test_not_downloaded(self, tmp_path: Path) -> None:
         args = train_args("--dataset", "torch/cifar10", "--data-dir", str(tmp_path))
         with pytest.raises(UsageError, match=r"torch/cifar10.*--dataset-download"):
-            data.open_datasets(args)
+            datasets.open_datasets(args)
         assert not list(tmp_path.iterdir())
 
     def test_misspelt_split_is_not_the_test_set(self, tmp_path: Path) -> None:
         args = train_args("--dataset", "torch/mnist", "--data-dir", str(tmp_path))
         with pytest.raises(UsageError, match="--train-split 'trian'"):
-            data.open_dataset(args, "trian", True)
+            datasets.open_dataset(args, "trian", True)
 
     def test_torchvision_images_get_the_models_channels(self, tmp_path: Path) -> None:
         raw = tmp_path / "MNIST" / "raw"
@@ -483,11 +493,11 @@ class TestOtherKinds:
             (raw / f"{prefix}-images-idx3-ubyte").write_bytes(pixels + grey)
             (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(labels + bytes(range(count)))
         flags = ("--dataset", "torch/MNIST", "--data-dir", str(tmp_path))
-        train, val = data.open_datasets(train_args(*flags, "--val-split", "test"))
+        train, val = datasets.open_datasets(train_args(*flags, "--val-split", "test"))
         assert (len(train), len(val)) == (3, 2)
         assert train[2][0].getpixel((5, 5)) == (90, 90, 90)
         assert train[2][1] == 2
-        count, names = data.dataset_classes(train)
+        count, names = datasets.dataset_classes(train)
         assert count == 10
         assert names[3] == "3 - three"
 
@@ -495,20 +505,20 @@ class TestOtherKinds:
     def test_missing_package(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(UsageError, match=f"--dataset {kind}/x needs .*: pip install"):
-            data.open_datasets(train_args("--dataset", f"{kind}/x", "--data-dir", "nowhere"))
+            datasets.open_datasets(train_args("--dataset", f"{kind}/x", "--data-dir", "nowhere"))
 
     def test_missing_scikit_learn(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
         with pytest.raises(UsageError, match=r"pip install scikit-learn .*\[train\]"):
-            data.open_datasets(digits_args())
+            datasets.open_datasets(digits_args())
 
 
 @pytest.mark.parametrize("splits", [0, 2])
 def test_posterize_at_full_magnitude(splits: int) -> None:
     """Pillow 13 refuses the 0 bits that timm's policies may ask for; a run must not end by it."""
     args = digits_args("--aa", "rand-m10-n4-inc1", "-b", "60", "--aug-splits", str(splits))
-    loader = data.create_train_loader(
-        data.open_dataset(args, "train", True), args, CONFIG, device=CPU, num_aug_splits=splits
+    loader = datasets.create_train_loader(
+        datasets.open_dataset(args, "train", True), args, CONFIG, device=CPU, num_aug_splits=splits
     )
     images, _ = next(iter(loader))
     assert images.isfinite().all()

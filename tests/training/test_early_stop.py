@@ -11,7 +11,7 @@ from killing import to_the_end
 
 from qna_timm.training.early_stop import last_gain, stops_early
 from qna_timm.training.errors import UsageError
-from qna_timm.training.recipe import parse_train_args
+from qna_timm.training.flags.recipe import parse_train_args
 from qna_timm.training.session import Session
 
 NAN = float("nan")

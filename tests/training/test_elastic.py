@@ -23,12 +23,17 @@ from kill_trials import EVERYTHING, Case, flags_of
 from killing import Run, any_ended, contents, differing, to_the_end
 from torch import Tensor
 
-from qna_timm.training.distributed import Processes
+from qna_timm.training.data.shards import ShardPlan
 from qna_timm.training.elastic import keep_plan
 from qna_timm.training.loop import Trainer
-from qna_timm.training.packing import pack
-from qna_timm.training.shards import ShardPlan
-from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, load_state, read_state_header
+from qna_timm.training.processes.distributed import Processes
+from qna_timm.training.storage.packing import pack
+from qna_timm.training.storage.state_files import (
+    PREVIOUS_NAME,
+    STATE_NAME,
+    load_state,
+    read_state_header,
+)
 from qna_timm.training.task import TrainTask
 
 

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from qna_timm.training.errors import UsageError
 from qna_timm.training.evaluation import evaluate
 from qna_timm.training.observers import ClassCounts, ImageCount, RealLabels
-from qna_timm.training.progress import Progress, format_duration
-from qna_timm.training.results import averaged_scores, class_table, format_table
+from qna_timm.training.reporting.progress import Progress, format_duration
+from qna_timm.training.reporting.results import averaged_scores, class_table, format_table
 
 CPU = torch.device("cpu")
 SAMPLES, CLASSES = 23, 7  # neither a multiple of the batch nor of two processes

@@ -15,7 +15,7 @@ from kill_trials import CASES, Case, Trials, flags_of, strikes_everywhere
 from killing import Run, contents, differing, to_the_end
 
 from qna_timm.training.loop import Trainer
-from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, read_state_header
+from qna_timm.training.storage.state_files import PREVIOUS_NAME, STATE_NAME, read_state_header
 
 # Cases that are also killed by the clock; scripts/stress.sh does that to all, many times.
 TIMED = ("vit", "vit, ranks")

@@ -15,16 +15,16 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.datasets import FakeData, ImageFolder
 
 from qna_timm.ops.compiled import compiled_attention
-from qna_timm.training import flags_exact
-from qna_timm.training.data import open_datasets
+from qna_timm.training.data.datasets import open_datasets
+from qna_timm.training.data.shards import ShardPlan
+from qna_timm.training.data.views import ImageView, LabelTable
 from qna_timm.training.errors import UsageError
 from qna_timm.training.exactness import check_exact, differences, fingerprint, versions
-from qna_timm.training.flags import all_flags
-from qna_timm.training.flags_train import TRAIN_FLAGS
-from qna_timm.training.packing import pack, unpack
-from qna_timm.training.recipe import as_yaml_dict, parse_train_args
-from qna_timm.training.shards import ShardPlan
-from qna_timm.training.views import ImageView, LabelTable
+from qna_timm.training.flags import exact
+from qna_timm.training.flags.declaration import all_flags
+from qna_timm.training.flags.recipe import as_yaml_dict, parse_train_args
+from qna_timm.training.flags.train import TRAIN_FLAGS
+from qna_timm.training.storage.packing import pack, unpack
 
 CLASSES = ("EXACT", "OPTIMIZER", "SCHEDULE", "DATA_PLACE", "PLAN", "ASKED", "FREE")
 CPU = torch.device("cpu")
@@ -67,8 +67,8 @@ def refusal(state, args, data):
 
 
 def test_every_flag_is_of_one_class():
-    """A flag that is new has to be put into a class of flags_exact."""
-    classes = [getattr(flags_exact, name) for name in CLASSES]
+    """A flag that is new has to be put into a class of flags/exact.py."""
+    classes = [getattr(exact, name) for name in CLASSES]
     for flag in all_flags(TRAIN_FLAGS):
         found = sum(flag.key in keys for keys in classes)
         assert found == (0 if flag.refusal else 1), f"--{flag.key}: in {found} classes"

@@ -24,15 +24,15 @@ from faulty_runs import (
 from killing import Run, contents, differing, to_the_end
 
 from qna_timm.training import loop, run
-from qna_timm.training.checkpoint import read_metadata
-from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
+from qna_timm.training.flags.recipe import parse_train_args
 from qna_timm.training.nonfinite import NonFinite
 from qna_timm.training.precision import Precision
-from qna_timm.training.recipe import parse_train_args
+from qna_timm.training.processes.distributed import Processes
 from qna_timm.training.resume import Position
 from qna_timm.training.session import Session
-from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, load_state
+from qna_timm.training.storage.checkpoint import read_metadata
+from qna_timm.training.storage.state_files import PREVIOUS_NAME, STATE_NAME, load_state
 from qna_timm.training.task import TrainTask
 
 CPU = torch.device("cpu")

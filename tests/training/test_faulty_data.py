@@ -15,7 +15,7 @@ from killing import Run, contents, differing, to_the_end
 from PIL import Image
 
 from qna_timm.training import loop
-from qna_timm.training.state_files import PREVIOUS_NAME
+from qna_timm.training.storage.state_files import PREVIOUS_NAME
 
 FOLDER, LOG = Path("a"), Path("log")
 BAD_TRAIN = {"ant/03.png": "OSError", "bee/07.jpg": "FileNotFoundError", "bee/11.jpg": "Unident"}

@@ -15,11 +15,16 @@ from faulty_calls import FaultyCalls, full_disk, refuse, save_two, small_state, 
 from safetensors import safe_open
 from torch import nn
 
-from qna_timm.training import files
-from qna_timm.training.checkpoint import load_weights, read_metadata, read_weights, save_weights
 from qna_timm.training.errors import UsageError
-from qna_timm.training.files import check_digest, find_damage, replacing, save_tensors
-from qna_timm.training.state_files import (
+from qna_timm.training.storage import files
+from qna_timm.training.storage.checkpoint import (
+    load_weights,
+    read_metadata,
+    read_weights,
+    save_weights,
+)
+from qna_timm.training.storage.files import check_digest, find_damage, replacing, save_tensors
+from qna_timm.training.storage.state_files import (
     PREVIOUS_NAME,
     STATE_NAME,
     find_state,

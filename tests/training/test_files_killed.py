@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from faulty_calls import small_state, updates_in
 
-from qna_timm.training.files import remove_leftovers
-from qna_timm.training.state_files import STATE_NAME, load_state, save_state, whole_state
+from qna_timm.training.storage.files import remove_leftovers
+from qna_timm.training.storage.state_files import STATE_NAME, load_state, save_state, whole_state
 
 SCRIPT = Path(__file__).parent / "save_faults.py"
 # What can be seen of the states (previous, last) after a third save that was cut short: nothing of

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qna_timm.training.flags import all_flags, flags_by_key, parse_command_line
-from qna_timm.training.flags_train import TRAIN_FLAGS
-from qna_timm.training.flags_validate import VALIDATE_FLAGS
-from qna_timm.training.recipe import parse_train_args, parse_validate_args
+from qna_timm.training.flags.declaration import all_flags, flags_by_key, parse_command_line
+from qna_timm.training.flags.recipe import parse_train_args, parse_validate_args
+from qna_timm.training.flags.train import TRAIN_FLAGS
+from qna_timm.training.flags.validate import VALIDATE_FLAGS
 
 DATA = Path(__file__).parents[1] / "data"
 TABLES = {"train": TRAIN_FLAGS, "validate": VALIDATE_FLAGS}

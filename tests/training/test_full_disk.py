@@ -15,9 +15,9 @@ from faulty_runs import FullDisk, flags, without_drawing
 from killing import ROOT, Run, contents, differing, to_the_end
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qna_timm.training.checkpoint import read_weights
 from qna_timm.training.session import Session
-from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME, load_state
+from qna_timm.training.storage.checkpoint import read_weights
+from qna_timm.training.storage.state_files import PREVIOUS_NAME, STATE_NAME, load_state
 
 FOLDER, LOG = Path("a"), Path("log")
 

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from qna_timm.training import data
-from qna_timm.training.digits import Digits
+from qna_timm.training.data import datasets
+from qna_timm.training.data.digits import Digits
+from qna_timm.training.data.holdout import split_indices
 from qna_timm.training.errors import UsageError
-from qna_timm.training.holdout import split_indices
-from qna_timm.training.recipe import parse_train_args, parse_validate_args
+from qna_timm.training.flags.recipe import parse_train_args, parse_validate_args
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -113,23 +113,23 @@ class TestSplit:
 class TestData:
     def test_both_parts_are_of_the_training_split(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Digits, "__init__", training_only(Digits.__init__))
-        train, held_out = data.open_datasets(digits_args())
+        train, held_out = datasets.open_datasets(digits_args())
         assert (len(train), len(held_out)) == (1294, 144)
         assert sorted(pixels(train) + pixels(held_out)) == sorted(
             Image.fromarray(image).convert("RGB").tobytes() for image in Digits(False).images
         )
-        assert data.dataset_classes(held_out) == (10, list("0123456789"))
+        assert datasets.dataset_classes(held_out) == (10, list("0123456789"))
 
     def test_it_depends_on_its_own_seed_alone(self) -> None:
         held_out = [
-            pixels(data.open_datasets(digits_args(*argv))[1])
+            pixels(datasets.open_datasets(digits_args(*argv))[1])
             for argv in ((), ("--seed", "7", "--train-num-samples", "50"), ("--val-seed", "7"))
         ]
         assert held_out[0] == held_out[1] != held_out[2]
 
     def test_few_samples_are_of_the_same_parts(self) -> None:
-        whole = data.open_datasets(digits_args())
-        few = data.open_datasets(
+        whole = datasets.open_datasets(digits_args())
+        few = datasets.open_datasets(
             digits_args("--train-num-samples", "30", "--val-num-samples", "20")
         )
         assert [len(part) for part in few] == [30, 20]
@@ -139,9 +139,9 @@ class TestData:
     def test_held_out_images_are_not_augmented(self) -> None:
         """The release scores its validation part with random crops and flips."""
         args = digits_args("-b", "144", "--train-crop-mode", "padded")
-        train, held_out = data.open_datasets(args)
-        evaluation = data.create_eval_loader(held_out, args, CONFIG, device=CPU, batch_size=144)
-        data.create_train_loader(train, args, CONFIG, device=CPU)  # shares the images beneath
+        train, held_out = datasets.open_datasets(args)
+        evaluation = datasets.create_eval_loader(held_out, args, CONFIG, device=CPU, batch_size=144)
+        datasets.create_train_loader(train, args, CONFIG, device=CPU)  # shares the images beneath
         plain = np.stack([np.asarray(image.convert("RGB")) for image, _ in Digits(False)])[
             held_out.indices
         ]
@@ -159,9 +159,13 @@ class TestData:
         args = parse_train_args(
             ["--data-dir", str(tmp_path), "--device", "cpu", "--val-fraction", "0.25"]
         )
-        train, held_out = data.open_datasets(args)  # there is no validation folder at all
+        train, held_out = datasets.open_datasets(args)  # there is no validation folder at all
         assert (len(train), len(held_out)) == (15, 5)
-        assert data.dataset_classes(train) == data.dataset_classes(held_out) == (2, ["ant", "bee"])
+        assert (
+            datasets.dataset_classes(train)
+            == datasets.dataset_classes(held_out)
+            == (2, ["ant", "bee"])
+        )
         for part in (train, held_out):
             assert all(image.getpixel((0, 0))[0] == 10 * (1 + label) for image, label in part)
         assert len(set(pixels(train)) | set(pixels(held_out))) == 20
@@ -171,12 +175,12 @@ class TestData:
             def __iter__(self) -> Iterator:
                 return iter(())
 
-        monkeypatch.setattr(data, "_open_reader", lambda *args: Stream())
+        monkeypatch.setattr(datasets, "_open_reader", lambda *args: Stream())
         args = parse_train_args(
             ["--dataset", "wds/x", "--data-dir", "x", "--device", "cpu", "--val-fraction", "0.1"]
         )
         with pytest.raises(UsageError, match=r"--val-fraction: this dataset is a stream"):
-            data.open_datasets(args)
+            datasets.open_datasets(args)
 
 
 class TestFlags:

@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from qna_timm.training import data
-from qna_timm.training.batches import Batches
-from qna_timm.training.collate import Collated
+from qna_timm.training.data import datasets
+from qna_timm.training.data.batches import Batches
+from qna_timm.training.data.collate import Collated
+from qna_timm.training.data.image_loader import ImageLoader
+from qna_timm.training.data.views import ImageView
 from qna_timm.training.errors import RunFailed
-from qna_timm.training.image_loader import ImageLoader
-from qna_timm.training.recipe import parse_train_args
-from qna_timm.training.views import ImageView
+from qna_timm.training.flags.recipe import parse_train_args
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -87,7 +87,7 @@ def _closed() -> Iterator[None]:
 
 def train_loader(dataset: Dataset, *argv: str) -> ImageLoader:
     view = ImageView(dataset, "RGB", class_names=[str(n) for n in range(IMAGES)])
-    _opened.append(data.create_train_loader(view, flags(*argv), CONFIG, device=CPU))
+    _opened.append(datasets.create_train_loader(view, flags(*argv), CONFIG, device=CPU))
     return _opened[-1]
 
 
@@ -170,7 +170,7 @@ def test_killed_while_the_model_computes(
 def test_evaluation(workers: str, armed: Path) -> None:
     view = ImageView(Deadly(armed, kill_me), "RGB")
     args = flags("-j", workers)
-    of = data.create_eval_loader(view, args, CONFIG, device=CPU, batch_size=BATCH)
+    of = datasets.create_eval_loader(view, args, CONFIG, device=CPU, batch_size=BATCH)
     _opened.append(of)
     for _ in range(2):
         assert torch.cat([target for _, target in of]).tolist() == list(range(IMAGES))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from qna_timm.training import lock
 from qna_timm.training.errors import UsageError
-from qna_timm.training.files import replacing
-from qna_timm.training.lock import LOCK_NAME, RunLock
+from qna_timm.training.storage import lock
+from qna_timm.training.storage.files import replacing
+from qna_timm.training.storage.lock import LOCK_NAME, RunLock
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from qna_timm.training import loop
-from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
+from qna_timm.training.flags.recipe import parse_train_args
 from qna_timm.training.optim import create_schedule, learning_rate
 from qna_timm.training.precision import Precision
-from qna_timm.training.recipe import parse_train_args
+from qna_timm.training.processes.distributed import Processes
 from qna_timm.training.task import TrainTask, create_loss
 from qna_timm.training.tta import AveragedViews
 from qna_timm.training.updates import num_updates

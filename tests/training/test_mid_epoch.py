@@ -13,11 +13,11 @@ from timm.data import FastCollateMixup
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from qna_timm.training import data, image_loader, loaders
+from qna_timm.training.data import datasets, image_loader, loaders
+from qna_timm.training.data.image_loader import ImageLoader
+from qna_timm.training.data.shards import plan_shards
 from qna_timm.training.errors import UsageError
-from qna_timm.training.image_loader import ImageLoader
-from qna_timm.training.recipe import parse_train_args
-from qna_timm.training.shards import plan_shards
+from qna_timm.training.flags.recipe import parse_train_args
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -39,9 +39,9 @@ def digits_args(*argv: str) -> Namespace:
 
 def loader(*argv: str, mixes: bool = False, **kwargs: object) -> ImageLoader:
     args = digits_args(*argv)
-    dataset, _ = data.open_datasets(args)
+    dataset, _ = datasets.open_datasets(args)
     mixup = FastCollateMixup(mixup_alpha=1.0, cutmix_alpha=1.0, num_classes=10) if mixes else None
-    return data.create_train_loader(
+    return datasets.create_train_loader(
         dataset,
         args,
         CONFIG,
@@ -202,7 +202,7 @@ def test_streams_are_read_again_and_passed_over(
 ) -> None:
     def stream() -> ImageLoader:
         args = digits_args("-j", str(workers))
-        return data.create_train_loader(Stream(IMAGES), args, CONFIG, device=CPU)
+        return datasets.create_train_loader(Stream(IMAGES), args, CONFIG, device=CPU)
 
     straight, resumed = stream(), stream()
     with warnings.catch_warnings():

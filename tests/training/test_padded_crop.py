@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from qna_timm.training import data, loaders
+from qna_timm.training.data import datasets, loaders
+from qna_timm.training.data.padded_crop import padded_crop
+from qna_timm.training.data.views import ImageView
 from qna_timm.training.errors import UsageError
-from qna_timm.training.padded_crop import padded_crop
-from qna_timm.training.recipe import parse_train_args
-from qna_timm.training.views import ImageView
+from qna_timm.training.flags.recipe import parse_train_args
 
 CPU = torch.device("cpu")
 SIZE = 12
@@ -49,7 +49,7 @@ def flags(*argv: str) -> Namespace:
 def batch(*argv: str, epoch: int = 0, splits: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The first batch as bytes [B, H, W, C], and the image each is from."""
     dataset = ImageView(Noise(60), "RGB")
-    loader = data.create_train_loader(
+    loader = datasets.create_train_loader(
         dataset, flags(*argv), CONFIG, device=CPU, num_aug_splits=splits
     )
     loader.set_epoch(epoch)

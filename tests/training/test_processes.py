@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from preloaded import programs
 
-from qna_timm.training import distributed, launch
-from qna_timm.training.distributed import (
+from qna_timm.training.errors import UsageError
+from qna_timm.training.processes import distributed, launch
+from qna_timm.training.processes.distributed import (
     Processes,
     join_processes,
     leave_processes,
     lost_connection,
     reduce_flags,
 )
-from qna_timm.training.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -86,8 +86,8 @@ def test_slurm_tasks_connect_agree_and_notice_a_loss() -> None:
         import os, signal
         from datetime import timedelta
         import torch
-        from qna_timm.training.distributed import *
-        from qna_timm.training.distributed import lost_connection, reduce_flags
+        from qna_timm.training.processes.distributed import *
+        from qna_timm.training.processes.distributed import lost_connection, reduce_flags
         mine = join_processes("cpu", timedelta(seconds=60))
         given = [mine.rank == 1, torch.tensor(mine.rank == 0), 15 * mine.rank, torch.tensor(0.0)]
         print(mine.rank, mine.world_size, os.environ["RANK"], reduce_flags(given, mine), flush=True)
@@ -114,9 +114,10 @@ def test_hosts_agree_over_gloo_whatever_the_device() -> None:
     script = """
         import torch
         import torch.distributed as dist
-        from qna_timm.training import distributed
-        from qna_timm.training.distributed import *
-        from qna_timm.training.distributed import gather_to_all, gather_to_primary, reduce_flags
+        from qna_timm.training.processes import distributed
+        from qna_timm.training.processes.distributed import *
+        from qna_timm.training.processes.distributed import gather_to_all, gather_to_primary
+        from qna_timm.training.processes.distributed import reduce_flags
         dist.Backend.default_device_backend_map["cuda"] = "fake"
         distributed._choose_device = lambda *_: torch.device("cuda:0")
         mine = join_processes("cuda")

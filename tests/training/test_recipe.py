@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qna_timm.training import checks
 from qna_timm.training.errors import UsageError, closest, closest_path, run_cli
-from qna_timm.training.intervals import Interval, parse_duration, parse_interval
+from qna_timm.training.flags import checks
+from qna_timm.training.flags.intervals import Interval, parse_duration, parse_interval
+from qna_timm.training.flags.recipe import as_yaml_dict, parse_train_args, parse_validate_args
 from qna_timm.training.names import expand_model_names
-from qna_timm.training.recipe import as_yaml_dict, parse_train_args, parse_validate_args
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from qna_timm.training.rendezvous import _join_part, _open_part
+from qna_timm.training.processes.rendezvous import _join_part, _open_part
 
 
 def start(store: dist.Store, world_size: int, first_waits: float = 0.0) -> list[int]:

@@ -14,13 +14,13 @@ import torch
 import yaml
 from PIL import Image
 
-from qna_timm.training import curves, report
-from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError
-from qna_timm.training.lock import LOCK_NAME
-from qna_timm.training.logs import RunLog
-from qna_timm.training.recipe import as_yaml_dict, parse_train_args
-from qna_timm.training.state_files import PREVIOUS_NAME, STATE_NAME
+from qna_timm.training.flags.recipe import as_yaml_dict, parse_train_args
+from qna_timm.training.processes.distributed import Processes
+from qna_timm.training.reporting import curves, report
+from qna_timm.training.reporting.logs import RunLog
+from qna_timm.training.storage.lock import LOCK_NAME
+from qna_timm.training.storage.state_files import PREVIOUS_NAME, STATE_NAME
 
 ROWS = [
     report.summary_row(0, {"loss": 2.0}, {}, 0.1),

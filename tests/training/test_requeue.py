@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qna_timm.training import requeue
-from qna_timm.training.distributed import Processes
-from qna_timm.training.requeue import requeue_job, restarted, resume_if_restarted
+from qna_timm.training.processes import requeue
+from qna_timm.training.processes.distributed import Processes
+from qna_timm.training.processes.requeue import requeue_job, restarted, resume_if_restarted
 
 FIRST = Processes(torch.device("cpu"))
 

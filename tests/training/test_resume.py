@@ -12,9 +12,9 @@ import yaml
 from short_runs import differences, digits, summary
 
 from qna_timm.training import loop, resume
-from qna_timm.training.checkpoint import read_metadata, read_weights
 from qna_timm.training.errors import UsageError
-from qna_timm.training.state_files import load_state
+from qna_timm.training.storage.checkpoint import read_metadata, read_weights
+from qna_timm.training.storage.state_files import load_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from qna_timm.training.data.sampling import EpochSampler, seed_shard
+from qna_timm.training.data.shards import ShardPlan, plan_shards
 from qna_timm.training.errors import UsageError
-from qna_timm.training.sampling import EpochSampler, seed_shard
-from qna_timm.training.shards import ShardPlan, plan_shards
 
 CPU = torch.device("cpu")
 IMAGES, SEED = 107, 7

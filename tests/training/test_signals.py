@@ -16,12 +16,13 @@ import torch
 from faulty_runs import without_drawing
 from killing import ROOT, Run, contents, differing, free_port, to_the_end
 
-from qna_timm.training import files, loop
+from qna_timm.training import loop
+from qna_timm.training.data.sampling import KeyedDataset
 from qna_timm.training.resume import Position
-from qna_timm.training.sampling import KeyedDataset
 from qna_timm.training.session import Session
 from qna_timm.training.signals import SIGNALS, Stopped, StopSignals
-from qna_timm.training.state_files import STATE_NAME, load_state
+from qna_timm.training.storage import files
+from qna_timm.training.storage.state_files import STATE_NAME, load_state
 
 UPDATES = 3  # of each of the two epochs
 SECONDS = 30  # in which a stopped run has to be gone

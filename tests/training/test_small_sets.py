@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import cifar
 
-from qna_timm.training import data
+from qna_timm.training.data import datasets
 from qna_timm.training.errors import UsageError
+from qna_timm.training.flags.recipe import parse_train_args, parse_validate_args
 from qna_timm.training.names import check_dataset_name
-from qna_timm.training.recipe import parse_train_args, parse_validate_args
 
 CPU = torch.device("cpu")
 WNIDS = ("n02124075", "n01443537", "n04067472")  # wnids.txt is in no order
@@ -38,8 +38,8 @@ def first_batch(dataset: torch.utils.data.Dataset, args: Namespace, channels: in
         "crop_pct": 1.0,
         "crop_mode": "center",
     }
-    train = next(iter(data.create_train_loader(dataset, args, config, device=CPU)))
-    plain = next(iter(data.create_eval_loader(dataset, args, config, device=CPU, batch_size=4)))
+    train = next(iter(datasets.create_train_loader(dataset, args, config, device=CPU)))
+    plain = next(iter(datasets.create_eval_loader(dataset, args, config, device=CPU, batch_size=4)))
     return train, plain
 
 
@@ -80,10 +80,10 @@ def test_cifar(classes: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     write_cifar(tmp_path, classes)
     args = train_args(f"torch/cifar{classes}", tmp_path, "-b", "4", "--color-jitter", "0")
     caplog.set_level("INFO")
-    train, test = data.open_datasets(args)
+    train, test = datasets.open_datasets(args)
     assert "judged by its test part" in caplog.text
     assert (len(train), len(test)) == (10, 4)
-    assert data.dataset_classes(train) == (classes, [f"class {i}" for i in range(classes)])
+    assert datasets.dataset_classes(train) == (classes, [f"class {i}" for i in range(classes)])
     for part in (train, test):
         assert all(image.getpixel((0, 0))[0] == label for image, label in part)
     (images, labels), (plain, _) = first_batch(train, args, 3)
@@ -98,7 +98,7 @@ def test_cifar_with_a_held_out_part_is_never_tested(tmp_path: Path) -> None:
     write_cifar(tmp_path, 10)
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"not to be read")
     args = train_args("torch/cifar10", tmp_path, "--val-fraction", "0.2", "-b", "4")
-    train, held_out = data.open_datasets(args)
+    train, held_out = datasets.open_datasets(args)
     numbers = [[image.getpixel((0, 0))[1] for image, _ in part] for part in (train, held_out)]
     assert [len(part) for part in numbers] == [8, 2]
     assert sorted(numbers[0] + numbers[1]) == list(range(10))
@@ -118,7 +118,7 @@ def test_mnist(channels: int, tmp_path: Path) -> None:
     args = train_args(
         "torch/mnist", tmp_path, "--val-fraction", "0.4", "-b", "4", "--color-jitter", "0"
     )
-    train, held_out = data.open_datasets(args)
+    train, held_out = datasets.open_datasets(args)
     assert (len(train), len(held_out)) == (6, 4)
     (images, labels), _ = first_batch(train, args, channels)
     assert images.shape == (4, channels, 32, 32)
@@ -158,10 +158,10 @@ def test_tiny_imagenet_as_it_unpacks(tmp_path: Path) -> None:
     folder = write_tiny_imagenet(tmp_path)
     for root in (tmp_path, folder):
         args = train_args("tiny_imagenet", root, "-b", "4")
-        train, val = data.open_datasets(args)
+        train, val = datasets.open_datasets(args)
         assert (len(train), len(val)) == (9, 3)
         names = ["goldfish, Carassius auratus", "Egyptian cat", "n04067472"]
-        assert data.dataset_classes(train) == data.dataset_classes(val) == (3, names)
+        assert datasets.dataset_classes(train) == datasets.dataset_classes(val) == (3, names)
         assert_labels_fit(train), assert_labels_fit(val)
         assert [label for _, label in val] == [2, 1, 0], "in the order of the file names"
     (images, _), (plain, _) = first_batch(train, args, 3, size=64)
@@ -173,7 +173,7 @@ def test_tiny_imagenet_with_a_held_out_part(tmp_path: Path) -> None:
     folder = write_tiny_imagenet(tmp_path)
     (folder / "val" / "val_annotations.txt").unlink()
     args = train_args("tiny_imagenet", tmp_path, "--val-fraction", "0.3")
-    train, held_out = data.open_datasets(args)
+    train, held_out = datasets.open_datasets(args)
     assert (len(train), len(held_out)) == (6, 3)
     assert_labels_fit(train), assert_labels_fit(held_out)
 
@@ -192,7 +192,7 @@ def test_tiny_imagenet_in_class_folders(tmp_path: Path) -> None:
     (folder / "val" / "images").rmdir()
     (folder / "val" / "val_annotations.txt").unlink()
     for dataset in ("", "tiny_imagenet"):
-        train, val = data.open_datasets(train_args(dataset, folder))
+        train, val = datasets.open_datasets(train_args(dataset, folder))
         assert (len(train), len(val)) == (9, 3)
         assert_labels_fit(train), assert_labels_fit(val)
 
@@ -200,7 +200,7 @@ def test_tiny_imagenet_in_class_folders(tmp_path: Path) -> None:
 def test_tiny_imagenet_is_no_plain_folder(tmp_path: Path) -> None:
     folder = write_tiny_imagenet(tmp_path)
     with pytest.raises(UsageError, match=r"'images'.*--dataset tiny_imagenet") as caught:
-        data.open_datasets(train_args("", folder))
+        datasets.open_datasets(train_args("", folder))
     assert "\n" not in str(caught.value)
 
 
@@ -210,7 +210,7 @@ def test_part_of_tiny_imagenet_keeps_its_labels(
     folder = write_tiny_imagenet(tmp_path)
     for path in (folder / "train" / "n02124075" / "images").iterdir():
         path.unlink()
-    train, val = data.open_datasets(train_args("tiny_imagenet", folder))
+    train, val = datasets.open_datasets(train_args("tiny_imagenet", folder))
     assert (len(train), len(val)) == (6, 3)
     assert_labels_fit(train), assert_labels_fit(val)
     assert "no image of 1 of the 3 classes" in caplog.text
@@ -219,8 +219,8 @@ def test_part_of_tiny_imagenet_keeps_its_labels(
 def test_same_words_are_told_apart(tmp_path: Path) -> None:
     folder = write_tiny_imagenet(tmp_path)
     (folder / "words.txt").write_text("".join(f"{wnid}\tcrane\n" for wnid in WNIDS))
-    train, val = data.open_datasets(train_args("tiny_imagenet", folder))
-    assert data.dataset_classes(train)[1] == [f"crane ({wnid})" for wnid in sorted(WNIDS)]
+    train, val = datasets.open_datasets(train_args("tiny_imagenet", folder))
+    assert datasets.dataset_classes(train)[1] == [f"crane ({wnid})" for wnid in sorted(WNIDS)]
     assert_labels_fit(val)
 
 
@@ -257,7 +257,7 @@ def test_what_is_wrong_with_tiny_imagenet(
 ) -> None:
     spoil(write_tiny_imagenet(tmp_path))
     with pytest.raises(UsageError, match=message) as caught:
-        data.open_datasets(train_args("tiny_imagenet", tmp_path, *argv))
+        datasets.open_datasets(train_args("tiny_imagenet", tmp_path, *argv))
     assert "\n" not in str(caught.value)
 
 

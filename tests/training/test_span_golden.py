@@ -14,10 +14,10 @@ from torch import Tensor
 import qna_timm  # noqa: F401  (registers its models)
 from qna_timm.convert import span_state_dict
 from qna_timm.training import loop
-from qna_timm.training.distributed import Processes
+from qna_timm.training.flags.recipe import parse_train_args
 from qna_timm.training.optim import create_optimizer
 from qna_timm.training.precision import Precision
-from qna_timm.training.recipe import parse_train_args
+from qna_timm.training.processes.distributed import Processes
 from qna_timm.training.run import build_task
 from qna_timm.training.span_task import SpanTask
 

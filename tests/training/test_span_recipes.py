@@ -13,8 +13,8 @@ from recipe_files import RECIPES, ROOT, SPAN, header, settings_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from qna_timm.layers import SpanAttention
+from qna_timm.training.flags.recipe import parse_train_args
 from qna_timm.training.optim import create_optimizer, create_schedule, current_lr
-from qna_timm.training.recipe import parse_train_args
 from qna_timm.training.span_task import span_layers
 
 SIZES, KINDS = ("small", "medium", "large"), ("cnn", "local", "adaptive")

@@ -12,11 +12,11 @@ from killing import to_the_end
 from matplotlib.figure import Figure
 from PIL import Image
 
-from qna_timm.training import report, span_report
-from qna_timm.training.checkpoint import load_weights, read_weights
 from qna_timm.training.errors import UsageError
-from qna_timm.training.recipe import parse_train_args
+from qna_timm.training.flags.recipe import parse_train_args
+from qna_timm.training.reporting import report, span_report
 from qna_timm.training.span_task import span_layers
+from qna_timm.training.storage.checkpoint import load_weights, read_weights
 
 FILES = ("summary.csv", "spans.csv")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qna_timm.training.flags.recipe import parse_train_args
 from qna_timm.training.optim import create_schedule, current_lr
-from qna_timm.training.recipe import parse_train_args
 
 RELEASED = json.loads((Path(__file__).parents[1] / "data" / "span_lr.json").read_text())
 EPOCHS = 100

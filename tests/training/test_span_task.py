@@ -8,10 +8,10 @@ from span_model import Spans
 from torch import Tensor, nn
 
 from qna_timm.training import loop
-from qna_timm.training.distributed import Processes
+from qna_timm.training.flags.recipe import parse_train_args
 from qna_timm.training.optim import create_optimizer
 from qna_timm.training.precision import Precision
-from qna_timm.training.recipe import parse_train_args
+from qna_timm.training.processes.distributed import Processes
 from qna_timm.training.run import build_task
 from qna_timm.training.span_task import SpanTask, has_spans, span_layers
 

@@ -21,13 +21,13 @@ from timm.models import load_checkpoint, resume_checkpoint
 from timm.utils import CheckpointSaver
 
 from qna_timm.training import loop
-from qna_timm.training.checkpoint import read_metadata, read_weights
+from qna_timm.training.data.sampling import KeyedDataset
 from qna_timm.training.errors import UsageError
 from qna_timm.training.resume import Position
-from qna_timm.training.sampling import KeyedDataset
-from qna_timm.training.saver import Saver
 from qna_timm.training.session import Session
-from qna_timm.training.state_files import STATE_NAME, load_state
+from qna_timm.training.storage.checkpoint import read_metadata, read_weights
+from qna_timm.training.storage.saver import Saver
+from qna_timm.training.storage.state_files import STATE_NAME, load_state
 
 FOLDER, LOG = Path("a"), Path("log")
 MODEL = "test_resnet"

@@ -21,12 +21,13 @@ from PIL import Image
 from preloaded import programs
 from short_runs import digits, summary
 
-from qna_timm.training import loaders, loop, resume, run
-from qna_timm.training.checkpoint import load_weights, read_metadata, read_weights
+from qna_timm.training import loop, resume, run
+from qna_timm.training.data import loaders
 from qna_timm.training.errors import UsageError
 from qna_timm.training.session import Session
 from qna_timm.training.signals import Stopped, StopSignals
-from qna_timm.training.state_files import load_state
+from qna_timm.training.storage.checkpoint import load_weights, read_metadata, read_weights
+from qna_timm.training.storage.state_files import load_state
 
 ROOT = Path(__file__).resolve().parents[2]
 

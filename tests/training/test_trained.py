@@ -9,8 +9,8 @@ from PIL import Image
 from torch import nn
 
 from qna_timm.training import load_run
-from qna_timm.training.checkpoint import save_weights
 from qna_timm.training.errors import UsageError
+from qna_timm.training.storage.checkpoint import save_weights
 
 
 def save_run(folder: Path, name: str = "test_vit") -> nn.Module:

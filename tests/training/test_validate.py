@@ -19,10 +19,10 @@ from preloaded import programs
 from torch import nn
 
 from qna_timm.training import measure, validation
-from qna_timm.training.checkpoint import save_weights
-from qna_timm.training.digits import CLASS_NAMES, Digits
+from qna_timm.training.data.digits import CLASS_NAMES, Digits
 from qna_timm.training.errors import UsageError
 from qna_timm.training.kernels import choose_kernels
+from qna_timm.training.storage.checkpoint import save_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA_CONFIG = {

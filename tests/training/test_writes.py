@@ -12,10 +12,10 @@ import pytest
 from faulty_calls import FaultyCalls, full_disk, refuse
 from torch import nn
 
-from qna_timm.training.checkpoint import read_metadata
-from qna_timm.training.logs import RunLog
-from qna_timm.training.saver import EMA, Saver
-from qna_timm.training.writes import Writes
+from qna_timm.training.reporting.logs import RunLog
+from qna_timm.training.storage.checkpoint import read_metadata
+from qna_timm.training.storage.saver import EMA, Saver
+from qna_timm.training.storage.writes import Writes
 
 _logger = logging.getLogger("qna_timm.tests")
 

@@ -13,8 +13,8 @@ from PIL import Image
 from timm.data import AugMixDataset, ImageDataset
 from torch.utils.data import Dataset, Subset
 
+from qna_timm.training.data.views import ImageView, in_mode
 from qna_timm.training.errors import RunFailed, UsageError
-from qna_timm.training.views import ImageView, in_mode
 
 _logger = logging.getLogger(__name__)
 

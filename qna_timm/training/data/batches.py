@@ -6,10 +6,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from qna_timm.training.bad_images import Replacement
-from qna_timm.training.errors import RunFailed
-from qna_timm.training.sampling import EpochSampler
-from qna_timm.training.workers import (
+from qna_timm.training.data.bad_images import Replacement
+from qna_timm.training.data.sampling import EpochSampler
+from qna_timm.training.data.workers import (
     cause_of,
     discard,
     is_death,
@@ -18,6 +17,7 @@ from qna_timm.training.workers import (
     tell_deaths_only_while_waiting,
     waiting,
 )
+from qna_timm.training.errors import RunFailed
 
 _MOST_DEATHS = 3
 

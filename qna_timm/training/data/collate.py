@@ -8,7 +8,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
-from qna_timm.training.bad_images import Replacement
+from qna_timm.training.data.bad_images import Replacement
 
 
 class SplitCollate:

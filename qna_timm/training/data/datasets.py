@@ -21,20 +21,21 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
-from qna_timm.training.digits import Digits
-from qna_timm.training.errors import UsageError, closest, closest_path
-from qna_timm.training.holdout import hold_out
-from qna_timm.training.image_loader import ImageLoader, process_place
-from qna_timm.training.loaders import (
+from qna_timm.training.data.digits import Digits
+from qna_timm.training.data.holdout import hold_out
+from qna_timm.training.data.image_loader import ImageLoader
+from qna_timm.training.data.loaders import (
     create_eval_loader,
     create_train_loader,
     default_image_mode,
     uses_prefetcher,
 )
+from qna_timm.training.data.splits import find_split, is_train_split, split_flag
+from qna_timm.training.data.tiny_imagenet import TinyImageNetReader
+from qna_timm.training.data.views import ImageView, class_names_of, use_class_names
+from qna_timm.training.errors import UsageError, closest, closest_path
 from qna_timm.training.names import TINY_IMAGENET, check_dataset_name
-from qna_timm.training.splits import find_split, is_train_split, split_flag
-from qna_timm.training.tiny_imagenet import TinyImageNetReader
-from qna_timm.training.views import ImageView, class_names_of, use_class_names
+from qna_timm.training.processes.distributed import process_place
 
 __all__ = [
     "ImageLoader",

@@ -4,7 +4,7 @@ import torch
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from qna_timm.training.batches import Batches
+from qna_timm.training.data.batches import Batches
 from qna_timm.training.generators import derive_seed, generators_kept, seed_generators
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
-from qna_timm.training.views import class_names_of
+from qna_timm.training.data.views import class_names_of
 
 # What torchvision's datasets, timm's readers and ours call the labels of all samples.
 _LABELS = ("targets", "labels", "_labels")

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
+from qna_timm.training.data.views import ImageView, class_names_of
 from qna_timm.training.errors import UsageError
-from qna_timm.training.views import ImageView, class_names_of
 
 HOLDOUT_SPLIT = "train-holdout"
 """What validate.py's `--split` calls the part that training held out."""

@@ -5,26 +5,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from qna_timm.training.bad_images import EvalImages, ReplacedImages, path_of
-from qna_timm.training.batches import Batches
-from qna_timm.training.erasing import KeyedErasing
-from qna_timm.training.sampling import EpochSampler, KeyedDataset
-from qna_timm.training.shards import ShardPlan
-from qna_timm.training.streams import KeyedStream
+from qna_timm.training.data.bad_images import EvalImages, ReplacedImages, path_of
+from qna_timm.training.data.batches import Batches
+from qna_timm.training.data.erasing import KeyedErasing
+from qna_timm.training.data.sampling import EpochSampler, KeyedDataset
+from qna_timm.training.data.shards import ShardPlan
+from qna_timm.training.data.streams import KeyedStream
+from qna_timm.training.processes.distributed import process_place
 
 _logger = logging.getLogger(__name__)
-
-
-def process_place() -> tuple[int, int]:
-    """This process's (rank, world_size); (0, 1) without torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 class ImageLoader:
@@ -115,11 +108,6 @@ class ImageLoader:
             return self._inner.sampler.plan
         world_size = process_place()[1]
         return ShardPlan(self.batch_size, world_size, len(self) * world_size)
-
-    def shard_number(self, micro_batch: int) -> int:
-        """The number in the epoch of the shard that is this process's `micro_batch`."""
-        rank, world_size = process_place()
-        return micro_batch * world_size + rank
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Chooses what the next iteration gives.

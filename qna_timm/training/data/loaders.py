@@ -13,15 +13,16 @@ from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from qna_timm.training.bad_images import EvalImages, refuse_neighbours
-from qna_timm.training.collate import SplitCollate, TellingCollate
+from qna_timm.training.data.bad_images import EvalImages, refuse_neighbours
+from qna_timm.training.data.collate import SplitCollate, TellingCollate
+from qna_timm.training.data.image_loader import ImageLoader
+from qna_timm.training.data.padded_crop import PADDED, use_padded_crop
+from qna_timm.training.data.posterize import mend_posterize
+from qna_timm.training.data.sampling import EpochSampler, KeyedCollate, KeyedDataset
+from qna_timm.training.data.shards import ShardPlan, plan_shards, too_large_batch
+from qna_timm.training.data.streams import KeyedStream
 from qna_timm.training.errors import UsageError
-from qna_timm.training.image_loader import ImageLoader, process_place
-from qna_timm.training.padded_crop import PADDED, use_padded_crop
-from qna_timm.training.posterize import mend_posterize
-from qna_timm.training.sampling import EpochSampler, KeyedCollate, KeyedDataset
-from qna_timm.training.shards import ShardPlan, plan_shards, too_large_batch
-from qna_timm.training.streams import KeyedStream
+from qna_timm.training.processes.distributed import process_place
 
 _PREFETCH_DEVICES = ("cuda", "npu")
 # Readers that share their files out over all workers of all ranks pad less with few workers.

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from qna_timm.training.bad_images import ReadableImages, Replacement, Samples
-from qna_timm.training.collate import Collated, TellingCollate
+from qna_timm.training.data.bad_images import ReadableImages, Replacement, Samples
+from qna_timm.training.data.collate import Collated, TellingCollate
+from qna_timm.training.data.shards import ShardPlan
 from qna_timm.training.generators import derive_seed, generators_kept, seed_generators
-from qna_timm.training.shards import ShardPlan
 
 # Keeps the random numbers of a batch's mixing apart from those of its first sample.
 _COLLATE_SALT = 0x5BD1E995

@@ -17,12 +17,11 @@ from timm.data.auto_augment import (
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from qna_timm.training.checkpoint import WEIGHTS_SUFFIXES, find_weights
-from qna_timm.training.distributed import device_count
+from qna_timm.training.data.holdout import check_holdout_flags, check_holdout_split
+from qna_timm.training.data.padded_crop import check_crop_flags
 from qna_timm.training.errors import UsageError, closest, closest_path
-from qna_timm.training.flags import FlagTable, all_flags
-from qna_timm.training.flags_learning import MULTILABEL_LOSSES
-from qna_timm.training.holdout import check_holdout_flags, check_holdout_split
+from qna_timm.training.flags.declaration import FlagTable, all_flags
+from qna_timm.training.flags.learning import MULTILABEL_LOSSES
 from qna_timm.training.names import (
     TINY_IMAGENET,
     check_dataset_name,
@@ -30,7 +29,8 @@ from qna_timm.training.names import (
     expand_model_names,
     resolve_model,
 )
-from qna_timm.training.padded_crop import check_crop_flags
+from qna_timm.training.processes.distributed import device_count
+from qna_timm.training.storage.checkpoint import WEIGHTS_SUFFIXES, find_weights
 
 _OPTIMIZER_FLAGS = {"eps": "--opt-eps", "betas": "--opt-betas"}
 

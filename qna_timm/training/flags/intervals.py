@@ -4,7 +4,7 @@ import re
 from datetime import timedelta
 from typing import NamedTuple
 
-from qna_timm.training.flags import Rule
+from qna_timm.training.flags.declaration import Rule
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 # A century: beyond it a mistake, and far within what `timedelta` and timers take.

@@ -1,6 +1,7 @@
 """Flags of train.py that settle how a model learns: optimizer to moving average."""
 
-from qna_timm.training.flags import (
+from qna_timm.training.data.padded_crop import DEFAULT_PADDING, PADDED
+from qna_timm.training.flags.declaration import (
     BELOW_ONE,
     INTERPOLATIONS,
     NOT_NEGATIVE,
@@ -8,7 +9,6 @@ from qna_timm.training.flags import (
     PROBABILITY,
     Flag,
 )
-from qna_timm.training.padded_crop import DEFAULT_PADDING, PADDED
 
 MULTILABEL_LOSSES = ("asl", "twoway", "zlpr", "db")
 """timm's losses for several labels an image, which are not supported."""

@@ -13,11 +13,17 @@ from typing import Any
 import timm
 import yaml
 
-from qna_timm.training.checks import check_train_values, check_validate_values
 from qna_timm.training.errors import UsageError, closest
-from qna_timm.training.flags import FlagTable, all_flags, convert, flags_by_key, parse_command_line
-from qna_timm.training.flags_train import TRAIN_FLAGS
-from qna_timm.training.flags_validate import VALIDATE_FLAGS
+from qna_timm.training.flags.checks import check_train_values, check_validate_values
+from qna_timm.training.flags.declaration import (
+    FlagTable,
+    all_flags,
+    convert,
+    flags_by_key,
+    parse_command_line,
+)
+from qna_timm.training.flags.train import TRAIN_FLAGS
+from qna_timm.training.flags.validate import VALIDATE_FLAGS
 from qna_timm.training.names import resolve_model
 
 BUILTIN_DATASET = "sklearn/digits"

@@ -4,7 +4,7 @@ They are known so that timm's command lines and saved args.yaml files can be rea
 a reason where they ask for what is not here.
 """
 
-from qna_timm.training.flags import Flag
+from qna_timm.training.flags.declaration import Flag
 
 _NO_DISTILLATION = "distillation is not supported: train with timm's own script for it"
 _NO_MULTILABEL = "multi-label training is not supported: train with timm's own script for it"

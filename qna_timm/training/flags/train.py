@@ -3,7 +3,8 @@
 Where a default or meaning differs from timm's, the help says so.
 """
 
-from qna_timm.training.flags import (
+from qna_timm.training.data.holdout import DEFAULT_SEED
+from qna_timm.training.flags.declaration import (
     CROP_SHARE,
     DTYPES,
     INSIDE_ZERO_ONE,
@@ -13,7 +14,8 @@ from qna_timm.training.flags import (
     POSITIVE,
     Flag,
 )
-from qna_timm.training.flags_learning import (
+from qna_timm.training.flags.intervals import DURATION, INTERVAL
+from qna_timm.training.flags.learning import (
     AUGMENTATION_FLAGS,
     BATCH_NORM_FLAGS,
     EMA_FLAGS,
@@ -21,9 +23,7 @@ from qna_timm.training.flags_learning import (
     OPTIMIZER_FLAGS,
     SCHEDULE_FLAGS,
 )
-from qna_timm.training.flags_refused import REFUSED_FLAGS
-from qna_timm.training.holdout import DEFAULT_SEED
-from qna_timm.training.intervals import DURATION, INTERVAL
+from qna_timm.training.flags.refused import REFUSED_FLAGS
 
 METRICS = ("top1", "top5", "loss")
 

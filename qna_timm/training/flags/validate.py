@@ -1,6 +1,7 @@
 """Every flag of validate.py: timm's names, aliases, meanings and defaults, and a few of ours."""
 
-from qna_timm.training.flags import (
+from qna_timm.training.data.holdout import HOLDOUT_SPLIT
+from qna_timm.training.flags.declaration import (
     CROP_SHARE,
     DTYPES,
     INSIDE_ZERO_ONE,
@@ -10,7 +11,6 @@ from qna_timm.training.flags import (
     POSITIVE,
     Flag,
 )
-from qna_timm.training.holdout import HOLDOUT_SPLIT
 
 _NO_NAFLEX = "NaFlex loading (variable aspect and length) is not supported"
 _NO_MULTILABEL = "multi-label evaluation is not supported: validate with timm's own script for it"

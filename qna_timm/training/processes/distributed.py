@@ -19,8 +19,8 @@ from timm.utils import world_info_from_env
 from torch import Tensor
 
 from qna_timm.training.errors import UsageError
-from qna_timm.training.launch import launched_by_slurm, set_interface, set_rendezvous
-from qna_timm.training.rendezvous import fresh_store, meets_in_used_store
+from qna_timm.training.processes.launch import launched_by_slurm, set_interface, set_rendezvous
+from qna_timm.training.processes.rendezvous import fresh_store, meets_in_used_store
 
 T = TypeVar("T")
 
@@ -305,9 +305,16 @@ def decide_on_primary(processes: Processes, decide: Callable[[], T]) -> T:
     return answer
 
 
-def sum_over_processes(values: Tensor, processes: Processes) -> Tensor:
+def process_place() -> tuple[int, int]:
+    """This process's (rank, world_size); (0, 1) without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
     """Element-wise sum of a tensor over all processes, where it is; `values` is left as it is."""
-    if not processes.distributed:
+    if process_place()[1] == 1:
         return values
     total = values.clone()
     dist.all_reduce(total)

@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from qna_timm.training.distributed import Processes, decide_on_primary, reduce_flags
-from qna_timm.training.state_files import state_in
+from qna_timm.training.processes.distributed import Processes, decide_on_primary, reduce_flags
+from qna_timm.training.storage.state_files import state_in
 
 # Variables that count how often torchrun has started this process's group, and SLURM the job.
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qna_timm.training.errors import missing_package
-from qna_timm.training.pictures import Margins, count_epochs, make_panels, write_png
+from qna_timm.training.reporting.pictures import Margins, count_epochs, make_panels, write_png
 
 # Inches.
 _PANEL, _GAPS, _MARGINS = (3.5, 2.7), (0.8, 0.0), Margins(0.7, 0.15, 0.55, 0.75)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from qna_timm.training.errors import UsageError
-from qna_timm.training.writes import Writes
+from qna_timm.training.storage.writes import Writes
 
 _OWN = ("timm", "qna_timm", "train", "validate", "__main__")
 

@@ -8,7 +8,7 @@ import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qna_timm.training.files import replacing
+from qna_timm.training.storage.files import replacing
 
 _DOTS_PER_INCH = 130
 

@@ -22,13 +22,13 @@ from timm.models import safe_model_name
 
 import qna_timm
 from qna_timm.ops.compiled import compiled_attention
-from qna_timm.training.distributed import Processes
 from qna_timm.training.errors import UsageError, missing_package
-from qna_timm.training.files import replacing
-from qna_timm.training.lock import holder
 from qna_timm.training.names import model_label
-from qna_timm.training.span_report import span_scalars
-from qna_timm.training.state_files import STATE_NAME, find_state, state_in
+from qna_timm.training.processes.distributed import Processes
+from qna_timm.training.reporting.span_report import span_scalars
+from qna_timm.training.storage.files import replacing
+from qna_timm.training.storage.lock import holder
+from qna_timm.training.storage.state_files import STATE_NAME, find_state, state_in
 
 ARGS_NAME = "args.yaml"
 SUMMARY_NAME = "summary.csv"

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from qna_timm.training.errors import UsageError, missing_package
-from qna_timm.training.files import replacing
+from qna_timm.training.storage.files import replacing
 
 TABLE_COLUMNS = ("label", "class", "images", "top1", "top5", "precision", "f1_score")
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qna_timm.training.files import replacing
-from qna_timm.training.pictures import Margins, count_epochs, make_panels, write_png
+from qna_timm.training.reporting.pictures import Margins, count_epochs, make_panels, write_png
+from qna_timm.training.storage.files import replacing
 
 SPANS_NAME = "spans.csv"
 SPAN_CURVES_NAME = "spans.png"

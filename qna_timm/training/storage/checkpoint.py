@@ -33,8 +33,8 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from qna_timm.training.errors import UsageError, closest
-from qna_timm.training.files import STEP_KEY, check_digest, save_tensors
 from qna_timm.training.names import model_label
+from qna_timm.training.storage.files import STEP_KEY, check_digest, save_tensors
 
 METADATA_KEY = "qna_timm"
 STATE_SUFFIX = ".state.safetensors"

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from qna_timm.training.errors import UsageError
-from qna_timm.training.files import remove_leftovers
+from qna_timm.training.storage.files import remove_leftovers
 
 try:
     import fcntl

@@ -10,9 +10,9 @@ from typing import Any
 from timm.utils import unwrap_model
 from torch import nn
 
-from qna_timm.training.checkpoint import save_weights, stored_metadata
 from qna_timm.training.errors import UsageError
-from qna_timm.training.files import replacing, second_name
+from qna_timm.training.storage.checkpoint import save_weights, stored_metadata
+from qna_timm.training.storage.files import replacing, second_name
 
 EMA = "_ema"
 """Ending of the names of averaged weights and of their metrics."""

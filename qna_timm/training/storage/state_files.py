@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qna_timm.training.checkpoint import STATE_SUFFIX, read_header
 from qna_timm.training.errors import UsageError
-from qna_timm.training.files import STEP_KEY, check_digest, find_damage, save_tensors
-from qna_timm.training.packing import pack, unpack
+from qna_timm.training.storage.checkpoint import STATE_SUFFIX, read_header
+from qna_timm.training.storage.files import STEP_KEY, check_digest, find_damage, save_tensors
+from qna_timm.training.storage.packing import pack, unpack
 
 STATE_KEY = "qna_timm_state"
 STATE_NAME = f"last{STATE_SUFFIX}"

@@ -1,0 +1,1 @@
+"""The settings of a run: its flags, recipes, and the checks of both."""

@@ -1,0 +1,1 @@
+"""What a run tells: progress and log, curves and tables, its folder."""
