@@ -23,7 +23,7 @@ class UnfoldAttention(nn.Module):
 
         out[y] = proj(sum_o softmax_o(q[y] . k[y+o] / sqrt(d)) v[y+o])
 
-    Zero-padded; without relative positions, which would cost more. (arXiv:1906.05909, section 3.)
+    Zero-padded; without relative positions, which would cost more. (arXiv:1906.05909, section 2.2.)
 
     Shape: [B, C, H, W] -> [B, C, H, W].
     """

@@ -315,6 +315,13 @@ def test_maps_of_all_stages() -> None:
         torch.testing.assert_close(a.permute(0, 3, 1, 2), b)
 
 
+def test_three_stages() -> None:
+    sizes = dict(dims=(8, 16, 32), depths=(1, 1, 1), num_heads=(2, 2, 4), split_sizes=(1, 2, 7))
+    features = timm.create_model("cswin_tiny", features_only=True, **sizes)
+    assert features.feature_info.reduction() == [4, 8, 16]
+    assert [x.shape[1] for x in features(torch.randn(1, 3, 32, 32))] == [8, 4, 2]
+
+
 def test_compile_export_and_script() -> None:
     """One graph; exported for any batch; scripted. The trunk within, which timm's tests script."""
     model = small("ga_cswin_tiny", depths=(1, 1, 2, 1))

@@ -47,6 +47,15 @@ def test_default_backbone() -> None:
     assert model.pretrained_cfg["architecture"] == "ga_backbone"
 
 
+def test_drop_rate_is_of_the_tokens() -> None:
+    """The trunk's own dropout is before a classifier that it no longer has."""
+    model = create("resnet18", drop_rate=0.5)
+    assert model.head.head_drop.p == 0.5
+    x = images(model)
+    assert not torch.equal(model(x), model(x))
+    assert create("resnet18").head.head_drop.p == 0.0
+
+
 @pytest.mark.parametrize(
     ("backbone", "taps", "stride", "width"),
     [

@@ -43,21 +43,21 @@ def build(case: dict) -> nn.Module:
             case["params"]["to_qkv/kernel"][0],
             args["heads"],
             (window, window) if isinstance(window, int) else tuple(window),
-            dim_attn=args["features"],
+            attn_dim=args["features"],
             rel_pos_bias=args["use_relative_pe"],
             qkv_bias=args["use_bias"],
         )
     return LearnedQueryAttention(
         case["params"]["Wk"][0],
         args["heads"],
-        dim_attn=args["features"],
+        attn_dim=args["features"],
         kernel_size=args["kernel_size"],
         stride=args["stride"],
         padding=args["padding"],
         num_queries=args["n_queries"],
         pos_embed=args.get("pos_embedding_type", "relative_pos").removesuffix("_pos"),
         query_weight=args.get("attn_scale", "normal"),
-        normalize=args["normalize_q"],
+        normalize_query=args["normalize_q"],
         normalize_stop_grad=args.get("qna_normalize_stop_grads", False),
         scale_rel_pos_bias=args.get("scale_rpe_bias", False),
         qkv_bias=args.get("use_bias", False),
@@ -169,14 +169,14 @@ def test_no_position_embedding() -> None:
 
 
 def test_output_width() -> None:
-    layer = LearnedQueryAttention(8, 4, dim_attn=16, dim_out=6, stride=2)
+    layer = LearnedQueryAttention(8, 4, attn_dim=16, dim_out=6, stride=2)
     assert layer(torch.randn(1, 5, 4, 8)).shape == (1, 3, 2, 6)
 
 
 def scaled_layer(scale: float) -> tuple[LearnedQueryAttention, torch.Tensor]:
     """A layer and input whose scores reach +-scale."""
     torch.manual_seed(0)
-    layer = LearnedQueryAttention(32, 4, dim_attn=32, kernel_size=3)
+    layer = LearnedQueryAttention(32, 4, attn_dim=32, kernel_size=3)
     with torch.no_grad():
         layer.rel_pos_bias.normal_()
         layer.query_weight.normal_()
@@ -307,7 +307,7 @@ def test_batch_norm_averages_the_biased_variance() -> None:
         (dict(num_heads=0), "num_heads must be at least 1, got 0"),
         (dict(num_heads=2, kernel_size=0), "kernel_size must be at least 1, got 0"),
         (dict(num_heads=2, padding=3), r"padding must be in 0..2, got 3"),
-        (dict(num_heads=3), "num_heads must divide dim_attn=8, got 3"),
+        (dict(num_heads=3), "num_heads must divide attn_dim=8, got 3"),
         (dict(num_heads=2, pos_embed="contextual"), r"'relative', 'absolute', 'none'.*contextual"),
         (dict(num_heads=2, query_weight="one"), "query_weight must be one of .*got 'one'"),
     ],

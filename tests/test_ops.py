@@ -407,6 +407,11 @@ def test_window_attention(size: tuple, window: tuple, fused: bool) -> None:
     torch.testing.assert_close(window_attention(qkv, table, 2, window, fused), wanted)
 
 
+def test_window_attention_of_odd_channels() -> None:
+    with pytest.raises(ValueError, match=r"3 \* num_heads = 15 times .* of a head, got 24"):
+        window_attention(torch.randn(1, 4, 4, 24), None, 5, (2, 2))
+
+
 def plateau(side: int, drop: float) -> tuple[Tensor, Tensor]:
     """Scores and value of a map whose last rows and columns score `drop` less than the others."""
     gen = torch.Generator().manual_seed(0)

@@ -104,6 +104,12 @@ def test_script_holds_the_operator() -> None:
         assert "qna_timm::" not in graph and "qna_timm.qna" not in graph
 
 
+def test_scripts_have_no_reference() -> None:
+    scripted = torch.jit.script(LearnedQueryAttention(8, 2, impl="reference"))
+    with pytest.raises(torch.jit.Error, match="impl='reference' is not for scripts"):
+        scripted(torch.randn(2, 5, 6, 8))
+
+
 def test_functional_gradients() -> None:
     """torch.func: gradient, gradients of every sample, and of a gradient."""
     tensors, args = single()

@@ -213,6 +213,16 @@ def test_switches() -> None:
     assert torch.allclose(masked(x), mean, atol=1e-5)
 
 
+def test_scripts_have_one_form() -> None:
+    """And say so: a form that is asked for by name is never another."""
+    scripted = torch.jit.script(SpanAttention(6, 8, 2, 3, impl="tiles"))
+    with pytest.raises(
+        torch.jit.Error, match="must be 'auto' or 'offsets' in scripts, got 'tiles'"
+    ):
+        scripted(torch.randn(1, 6, 4, 5))
+    torch.jit.script(SpanAttention(6, 8, 2, 3, impl="offsets"))(torch.randn(1, 6, 4, 5))
+
+
 @pytest.mark.parametrize("learns", [False, True], ids=["fixed", "adaptive"])
 def test_tools(learns: bool) -> None:
     """Scripting, tracing, deepcopy, channels-last, autocast, meta."""

@@ -1,6 +1,7 @@
 """What the converters of all releases share: their error, and checks against the model."""
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,9 +93,13 @@ def declare_classes(found: int, model: Any) -> None:
         )
 
 
-def unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The state dict inside a training checkpoint, averaged weights first; or what was given."""
+def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict inside a training checkpoint, averaged weights first; or what was given.
+
+    Names lose what wrappers put before them: DistributedDataParallel's and torch.compile's.
+    """
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state_dict.get(key), Mapping):
-            return state_dict[key]
-    return state_dict
+            state_dict = state_dict[key]
+            break
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in state_dict.items()}

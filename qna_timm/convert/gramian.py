@@ -149,7 +149,6 @@ def gramian_state_dict(
         ConversionError: tensors missing, unknown or of the wrong shape; branches that differ.
     """
     state_dict = unwrap(state_dict)
-    state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     if is_released_gramian(state_dict):
         state_dict = _released_to_ours(state_dict)
     num_classes = num_classes_of(state_dict)

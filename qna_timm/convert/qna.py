@@ -20,6 +20,7 @@ from qna_timm.convert.common import (
     declare_classes,
     num_classes_of,
     some,
+    unwrap,
 )
 from qna_timm.ops import resize_offset_table
 
@@ -333,10 +334,9 @@ def qna_vit_state_dict(
     Raises:
         ConversionError: tensors missing, unknown or of the wrong shape.
     """
-    if is_flax_qna_vit(state_dict):
-        converted = _flax_to_ours(state_dict, model)
-    else:
-        converted = dict(state_dict)
+    converted = unwrap(state_dict)
+    if is_flax_qna_vit(converted):
+        converted = _flax_to_ours(converted, model)
     if not exact:
         _resize_tables(converted, model)
     if "stem.bn.running_mean" in converted:

@@ -162,7 +162,6 @@ def span_state_dict(
             of heads than the model's.
     """
     state_dict = unwrap(state_dict)
-    state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     expected = model.state_dict()
     if is_released_span(state_dict):
         state_dict = _released_to_ours(state_dict)

@@ -7,14 +7,8 @@ from qna_timm.layers.fuse import FuseBottleneck, MapFusion
 from qna_timm.layers.gramian_head import GramianHead
 from qna_timm.layers.qna_attn import LearnedQueryAttention, LearnedQueryPool
 from qna_timm.layers.qna_block import Block, BlockArgs, qna_block, window_block
-from qna_timm.layers.qna_stage import (
-    QnAStage,
-    StageArgs,
-    check_depths,
-    drop_path_rates,
-    plan_stages,
-)
-from qna_timm.layers.sa_block import SPATIAL_LAYERS, BottleneckArgs, SABottleneck, check_stages
+from qna_timm.layers.qna_stage import QnAStage, StageArgs
+from qna_timm.layers.sa_block import SPATIAL_LAYERS, BottleneckArgs, SABottleneck
 from qna_timm.layers.span_attn import AdaptiveSpan, SpanAttention
 from qna_timm.layers.stem import BiasedBatchNorm2d, PatchStem, ResNetStem
 from qna_timm.layers.stripe_attn import StripeAttention
@@ -43,10 +37,6 @@ __all__ = [
     "StageArgs",
     "StripeAttention",
     "WindowAttention",
-    "check_depths",
-    "check_stages",
-    "drop_path_rates",
-    "plan_stages",
     "qna_block",
     "scale_windows",
     "stage_windows",

@@ -22,7 +22,7 @@ class SmallBatchNorm2d(nn.BatchNorm2d):
         if self.running_mean is None or self.running_var is None:
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
         training = self.training
-        if values == 1:  # a branch, for compilers: not a symbolic value
+        if values == 1:  # an if, so that compilers keep no symbolic flag
             training = False
         momentum = 0.0 if self.momentum is None else self.momentum
         if training and self.num_batches_tracked is not None:

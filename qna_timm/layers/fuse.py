@@ -1,4 +1,4 @@
-"""Fusion of feature maps of several sizes into one (arXiv:2310.16483, section 3).
+"""Fusion of feature maps of several sizes into one (arXiv:2310.16483).
 
 Letters: B batch, H W the fused map, A channels of all maps together, D channels of the fused one.
 """

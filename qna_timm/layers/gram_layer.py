@@ -52,7 +52,9 @@ class BranchDropPath(DropPath):
     """
 
     def forward(self, x: Tensor, batch: int) -> Tensor:
-        if self.drop_prob == 0.0 or not self.training:  # and no images need no division by 0
+        if (
+            self.drop_prob == 0.0 or not self.training
+        ):  # here, also for no images, which length cannot be divided by
             return x
         branches, length, dim = x.shape
         x = x.reshape(branches * batch, length // batch, dim)

@@ -1,7 +1,7 @@
 """Gramian attention heads: several classifiers on one map, computed together.
 
 "Gramian Attention Heads are Strong yet Efficient Vision Learners", ICCV 2023,
-https://arxiv.org/abs/2310.16483, section 3.
+https://arxiv.org/abs/2310.16483.
 Letters: B batch, H W map, N = H*W positions, D channels, G gram_dim, T = G(G+1)/2, M branches,
 e attn_dim.
 """

@@ -15,10 +15,10 @@ from qna_timm.layers.called import must_be_called
 from qna_timm.ops import (
     learned_query_scores,
     normalize_query,
+    offsets_qna_attention,
     qna_attention,
     resize_offset_table,
     scores_of_keys,
-    stock_qna_attention,
 )
 
 QUERY_WEIGHT_KINDS = ("normal", "normal_elementwise", "ones", "posneg", "avg", "none")
@@ -28,7 +28,7 @@ POS_EMBED_KINDS = ("relative", "absolute", "none")
 register_notrace_function(learned_query_scores)
 register_notrace_function(normalize_query)
 register_notrace_function(qna_attention)
-register_notrace_function(stock_qna_attention)
+register_notrace_function(offsets_qna_attention)
 
 
 class LearnedQueryAttention(nn.Module):
@@ -45,9 +45,9 @@ class LearnedQueryAttention(nn.Module):
 
     Args:
         dim: Input channels D.
-        num_heads: Heads h, a divisor of dim_attn.
-        dim_attn: Channels C of keys and values, dim if None.
-        dim_out: Output channels, dim_attn if None.
+        num_heads: Heads h, a divisor of attn_dim.
+        attn_dim: Channels C of keys and values, dim if None.
+        dim_out: Output channels, attn_dim if None.
         kernel_size: Side of the window, in tokens.
         stride: Tokens between windows.
         padding: Tokens around the map; (kernel_size-1)//2 if None.
@@ -57,7 +57,7 @@ class LearnedQueryAttention(nn.Module):
         query_weight: 'normal', a table [K, Q, h] drawn from N(0, 0.02^2); 'normal_elementwise',
             the same for all offsets [1, Q, h]; 'ones', a table of ones; 'posneg', +1 for the first
             half of the (query, head) pairs and -1 for the rest; 'avg', 1/Q; 'none', 1.
-        normalize: Divide queries by their norm.
+        normalize_query: Divide queries by their norm.
         normalize_stop_grad: Take that norm as a constant in backward.
         scale_rel_pos_bias: Divide the relative table by sqrt(d).
         qkv_bias: Biases on key, value and output projections.
@@ -69,7 +69,7 @@ class LearnedQueryAttention(nn.Module):
 
     Raises:
         ValueError: a size below 1, padding that is not below kernel_size, heads that do not divide
-            dim_attn, an unknown pos_embed or query_weight.
+            attn_dim, an unknown pos_embed or query_weight.
     """
 
     fused_attn: Final[bool]
@@ -78,7 +78,7 @@ class LearnedQueryAttention(nn.Module):
         self,
         dim: int,
         num_heads: int,
-        dim_attn: int | None = None,
+        attn_dim: int | None = None,
         dim_out: int | None = None,
         kernel_size: int = 3,
         stride: int = 1,
@@ -86,7 +86,7 @@ class LearnedQueryAttention(nn.Module):
         num_queries: int = 2,
         pos_embed: str = "relative",
         query_weight: str = "normal",
-        normalize: bool = True,
+        normalize_query: bool = True,
         normalize_stop_grad: bool = False,
         scale_rel_pos_bias: bool = False,
         qkv_bias: bool = False,
@@ -97,7 +97,7 @@ class LearnedQueryAttention(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        dim_attn = dim_attn or dim
+        attn_dim = attn_dim or dim
         padding = (kernel_size - 1) // 2 if padding is None else padding
         for name, number in (
             ("num_heads", num_heads),
@@ -109,8 +109,8 @@ class LearnedQueryAttention(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if not 0 <= padding < kernel_size:
             raise ValueError(f"padding must be in 0..{kernel_size - 1}, got {padding}")
-        if dim_attn % num_heads:
-            raise ValueError(f"num_heads must divide dim_attn={dim_attn}, got {num_heads}")
+        if attn_dim % num_heads:
+            raise ValueError(f"num_heads must divide attn_dim={attn_dim}, got {num_heads}")
         if pos_embed not in POS_EMBED_KINDS:
             raise ValueError(f"pos_embed must be one of {POS_EMBED_KINDS}, got {pos_embed!r}")
         if query_weight not in QUERY_WEIGHT_KINDS:
@@ -119,20 +119,20 @@ class LearnedQueryAttention(nn.Module):
             )
         self.num_heads = num_heads
         self.num_queries = num_queries
-        self.head_dim = dim_attn // num_heads
+        self.head_dim = attn_dim // num_heads
         self.kernel_size = (kernel_size, kernel_size)
         self.stride = stride
         self.padding = padding
         self.query_weight_kind = query_weight
-        self.normalize = normalize
+        self.normalize_query = normalize_query
         self.normalize_stop_grad = normalize_stop_grad
         self.bias_scale = self.head_dim**-0.5 if scale_rel_pos_bias else 1.0
         self.impl = impl
         self.fused_attn = impl != "offsets" and (impl != "auto" or use_fused_attn())
 
-        self.query = nn.Parameter(torch.empty(num_queries, dim_attn, **dd))
-        self.k = nn.Linear(dim, dim_attn, bias=qkv_bias, **dd)
-        self.v = nn.Linear(dim, dim_attn, bias=qkv_bias, **dd)
+        self.query = nn.Parameter(torch.empty(num_queries, attn_dim, **dd))
+        self.k = nn.Linear(dim, attn_dim, bias=qkv_bias, **dd)
+        self.v = nn.Linear(dim, attn_dim, bias=qkv_bias, **dd)
         offsets = kernel_size**2
         self.rel_pos_bias: nn.Parameter | None = None
         self.pos_embed: nn.Parameter | None = None
@@ -140,9 +140,9 @@ class LearnedQueryAttention(nn.Module):
             shape = (offsets, num_queries, num_heads)
             self.rel_pos_bias = nn.Parameter(torch.empty(shape, **dd))
         elif pos_embed == "absolute":
-            self.pos_embed = nn.Parameter(torch.empty(offsets, num_queries, dim_attn, **dd))
+            self.pos_embed = nn.Parameter(torch.empty(offsets, num_queries, attn_dim, **dd))
         self._build_query_weight(offsets, dd)
-        self.proj = nn.Linear(dim_attn, dim_out or dim_attn, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(attn_dim, dim_out or attn_dim, bias=qkv_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -209,7 +209,7 @@ class LearnedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query = normalize_query(
-            self.query, self.num_heads, self.normalize, self.normalize_stop_grad
+            self.query, self.num_heads, self.normalize_query, self.normalize_stop_grad
         )
         scores = self.scores(x, query)
         bias = self.offset_bias(query)
@@ -229,7 +229,7 @@ class LearnedQueryAttention(nn.Module):
             return qna_attention(
                 scores, value, bias, weight, kernel_size, self.stride, self.padding, self.impl
             )
-        return stock_qna_attention(
+        return offsets_qna_attention(
             scores, value, bias, weight, kernel_size, self.stride, self.padding
         )
 
@@ -265,7 +265,7 @@ class LearnedQueryPool(LearnedQueryAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         query = normalize_query(
-            self.query, self.num_heads, self.normalize, self.normalize_stop_grad
+            self.query, self.num_heads, self.normalize_query, self.normalize_stop_grad
         )
         size = (x.shape[1], x.shape[2])
         bias = self.offset_bias(query)

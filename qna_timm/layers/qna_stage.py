@@ -23,7 +23,7 @@ class StageArgs:
     window_num_heads: int
     kernel_size: int
     window_size: tuple[int, int]
-    normalize: bool
+    normalize_query: bool
     drop_path: Sequence[float]
 
 
@@ -124,7 +124,7 @@ class QnAStage(nn.Module):
                 before.dim,
                 2 * before.qna_num_heads,
                 before.kernel_size,
-                before.normalize,
+                before.normalize_query,
                 args,
                 before.drop_path[-1],
                 dim_out=stage.dim,
@@ -136,7 +136,7 @@ class QnAStage(nn.Module):
         ]
         blocks += [
             qna_block(
-                stage.dim, stage.qna_num_heads, stage.kernel_size, stage.normalize, args, rate
+                stage.dim, stage.qna_num_heads, stage.kernel_size, stage.normalize_query, args, rate
             )
             for rate in stage.drop_path[first : first + stage.qna_depth]
         ]

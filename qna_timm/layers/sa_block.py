@@ -80,10 +80,10 @@ class SABottleneck(nn.Module):
 
     The whole branch runs at the input's resolution and is averaged over stride x stride cells at
     its end, as in the released code of arXiv:2004.08708; with `pool_attn` the average follows the
-    spatial layer ("Stand-Alone Self-Attention in Vision Models", arXiv:1906.05909, section 4). The
-    shortcut, a 1x1 convolution wherever the shape changes, takes the top left of each cell. Cells
-    that the border cuts are averaged over what there is of them: of ceil(H / stride) rows, as the
-    shortcut has.
+    spatial layer ("Stand-Alone Self-Attention in Vision Models", arXiv:1906.05909, section 3.1).
+    The shortcut, a 1x1 convolution wherever the shape changes, takes the top left of each cell.
+    Cells that the border cuts are averaged over what there is of them: of ceil(H / stride) rows, as
+    the shortcut has.
 
     Args:
         in_chs: Input channels.

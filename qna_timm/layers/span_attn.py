@@ -36,16 +36,17 @@ class AdaptiveSpan(nn.Module):
 
         radius = min(max_span, ceil(max(span) * max_span) + span_ramp),   kernel = 2 * radius + 1
 
-    ("Adaptive Attention Span in Computer Vision", arXiv:2004.08708, section 3.)
+    ("Adaptive Attention Span in Computer Vision", arXiv:2004.08708.)
 
     Args:
         num_heads: h.
         max_span: Largest radius, in pixels.
         span_ramp: Pixels over which a ring's weight falls from 1 to 0.
         span_init: Initial span, a fraction of max_span.
-        exact_radius: Round the product span * max_span to float32 before taking its ceiling, and a
-            fractional radius up. The released code does neither: a span of 0.2, in float32 a little
-            more, runs one ring more, without weight, and a span_ramp of 2.3 drops a ring with one.
+        exact_radius: The radius without two artefacts of the released code's rounding. It takes the
+            ceiling of span * max_span in float64, where float32's 0.2 times 5 exceeds 1, which adds
+            a ring without weight; and it rounds a fractional radius down, so that span_ramp=2.3
+            loses a ring that has weight.
 
     Raises:
         ValueError: max_span below 1 or not whole, span_ramp not above 0, span_init not in 0..1.
@@ -145,7 +146,7 @@ class SpanAttention(nn.Module):
     that of the running radius. rel_pos[o] is a learned vector of the offset's row on one half of
     the channels and of its column on the other. Keys and values off the map are zero; they take
     part as the released code has it, with the scores of their relative vectors. ("Stand-Alone
-    Self-Attention in Vision Models", arXiv:1906.05909, section 3; arXiv:2004.08708, section 3.)
+    Self-Attention in Vision Models", arXiv:1906.05909, section 2.2; arXiv:2004.08708.)
 
     Defaults are the released code's; arguments that say so switch to what the papers describe.
 
@@ -197,7 +198,7 @@ class SpanAttention(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        if not adaptive and (kernel_size < 1 or kernel_size % 2 == 0):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         if num_heads < 1 or out_chs % num_heads:
             raise ValueError(f"num_heads must divide out_chs={out_chs}, got {num_heads}")
@@ -255,7 +256,7 @@ class SpanAttention(nn.Module):
         """Whether the running radius may be read now: values are at hand, no graph is recorded."""
         if torch.jit.is_scripting():
             return True
-        else:  # in so many words: the script compiler skips an else branch, not code that follows
+        else:  # TorchScript skips an else branch, not code after a return
             if torch.compiler.is_compiling() or torch.jit.is_tracing():
                 return False
             return self.rel_pos_h.device.type == "cpu"

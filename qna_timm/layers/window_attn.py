@@ -72,17 +72,17 @@ class WindowAttention(nn.Module):
 
     Args:
         dim: Input channels.
-        num_heads: Heads, a divisor of dim_attn.
+        num_heads: Heads, a divisor of attn_dim.
         window_size: (height, width) of a window, in tokens.
-        dim_attn: Channels of queries, keys, values and output, dim if None.
+        attn_dim: Channels of queries, keys, values and output, dim if None.
         rel_pos_bias: Learn a bias for each distance and head.
         qkv_bias: Biases on the projections.
         proj_drop: Dropout after the output projection.
 
-    Shape: [B, H, W, dim] -> [B, H, W, dim_attn], any H and W.
+    Shape: [B, H, W, dim] -> [B, H, W, attn_dim], any H and W.
 
     Raises:
-        ValueError: heads that do not divide dim_attn.
+        ValueError: heads that do not divide attn_dim.
     """
 
     fused_attn: torch.jit.Final[bool]
@@ -92,7 +92,7 @@ class WindowAttention(nn.Module):
         dim: int,
         num_heads: int,
         window_size: tuple[int, int],
-        dim_attn: int | None = None,
+        attn_dim: int | None = None,
         rel_pos_bias: bool = True,
         qkv_bias: bool = False,
         proj_drop: float = 0.0,
@@ -101,18 +101,18 @@ class WindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        dim_attn = dim_attn or dim
-        if num_heads < 1 or dim_attn % num_heads:
-            raise ValueError(f"num_heads must divide dim_attn={dim_attn}, got {num_heads}")
+        attn_dim = attn_dim or dim
+        if num_heads < 1 or attn_dim % num_heads:
+            raise ValueError(f"num_heads must divide attn_dim={attn_dim}, got {num_heads}")
         self.num_heads = num_heads
         self.window_size = window_size
         self.fused_attn = use_fused_attn()
-        self.qkv = nn.Linear(dim, 3 * dim_attn, bias=qkv_bias, **dd)
+        self.qkv = nn.Linear(dim, 3 * attn_dim, bias=qkv_bias, **dd)
         self.rel_pos_bias: nn.Parameter | None = None
         if rel_pos_bias:
             rows, cols = _table_side(window_size)
             self.rel_pos_bias = nn.Parameter(torch.empty(rows * cols, num_heads, **dd))
-        self.proj = nn.Linear(dim_attn, dim_attn, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(attn_dim, attn_dim, bias=qkv_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

@@ -127,7 +127,10 @@ class CSWinStage(nn.Module):
         return self.forward_taps(x, [])[-1]
 
 
-def check_stages(**values: Sequence[int]) -> None:
+DIMS = (64, 128, 256, 512)  # of the tiny and the small network
+
+
+def check_per_stage(**values: Sequence[int]) -> None:
     """Raise ValueError unless each argument has a positive number for each stage, as dims has."""
     stages = len(values["dims"])
     for name, numbers in values.items():
@@ -178,7 +181,7 @@ class CSWin(nn.Module):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
-        dims: Sequence[int] = (64, 128, 256, 512),
+        dims: Sequence[int] = DIMS,
         depths: Sequence[int] = (1, 2, 21, 1),
         num_heads: Sequence[int] = (2, 4, 8, 16),
         split_sizes: Sequence[int] = (1, 2, 7, 7),
@@ -199,7 +202,7 @@ class CSWin(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        check_stages(dims=dims, depths=depths, num_heads=num_heads, split_sizes=split_sizes)
+        check_per_stage(dims=dims, depths=depths, num_heads=num_heads, split_sizes=split_sizes)
         act = get_act_layer(act_layer)
         norm = partial(get_norm_layer(norm_layer), eps=norm_eps)
         self.num_classes = num_classes
@@ -387,12 +390,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: CSWin) -> dict[str, 
 
 
 def _create_cswin(variant: str, pretrained: bool = False, **kwargs: Any) -> CSWin:
+    num_stages = len(kwargs.get("dims", DIMS))
     return build_model_with_cfg(
         CSWin,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
         **kwargs,
     )
 

@@ -69,8 +69,8 @@ class GramianBackbone(GramianNet):
         num_classes: Classes; 0 for the branches' tokens.
         global_pool: 'gram' or ''.
         img_size: Image size, for backbones whose constructor takes one.
-        drop_rate: Dropout of the backbone, if it takes a rate; its own default if None. The heads
-            have none.
+        drop_rate: Dropout of the tokens before the classifiers (0 if None), and of the backbone
+            inside, if it takes a rate (its own default if None).
         drop_path_rate: Stochastic depth of fusion and Gram layers (0 if None) and the rate handed
             to the backbone, if it takes one (its own default if None).
         backbone_pretrained: Start from the backbone's published weights; not when weights of the
@@ -146,6 +146,7 @@ class GramianBackbone(GramianNet):
             proj_groups=proj_groups or _most_groups(8, num_features, gram_dim),
             embed_groups=embed_groups or _most_groups(16, num_features, triangle),
             mlp_groups=mlp_groups or _most_groups(4, num_features, int(num_features * mlp_ratio)),
+            drop_rate=drop_rate or 0.0,
             drop_path=drop_path_rate or 0.0,
             **head_args,
             **dd,
@@ -199,7 +200,7 @@ class GramianBackbone(GramianNet):
             modules = [re.escape(info["module"]) for info in self.feature_info]
             matcher = {"stem": rf"^(?!head|fuse|(?:{'|'.join(modules)})\.)"}
             matcher.update({name: rf"^{name}\." for name in modules})
-        # Behind the trunk's groups, what they do not name, as a last norm: with the head else.
+        # After the trunk's groups one for what they leave out (a last norm), or it joins the head.
         matcher.pop("fuse", None)
         return {**matcher, "rest": r"^trunk", "fuse": r"^fuse"}
 
@@ -377,7 +378,6 @@ default_cfgs = generate_default_cfgs(
             crop_pct=None,
             pool_size=None,
             fixed_input_size=True,
-            license="apache-2.0",
         )
     }
 )

@@ -159,8 +159,6 @@ class GramianConvNeXt(GramianNet):
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return gramian_cfg(
         first_conv="trunk.stem.0",
-        license="apache-2.0",
-        origin_url="https://github.com/Lab-LVM/imagenet-models",
         **kwargs,
     )
 

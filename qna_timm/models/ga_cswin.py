@@ -24,7 +24,7 @@ from qna_timm.convert.cswin import is_released_cswin, rename_cswin
 from qna_timm.layers.branches import check_divisor
 from qna_timm.layers.cswin_block import CSWinBlock
 from qna_timm.layers.fuse import FuseBottleneck, MapFusion, tap_positions
-from qna_timm.models.cswin import CSWin, check_stages
+from qna_timm.models.cswin import CSWin, check_per_stage
 from qna_timm.models.gramian import GramianNet, create_gramian, gramian_cfg
 from qna_timm.models.gramian import checkpoint_filter_fn as checkpoint_filter_fn
 
@@ -156,7 +156,7 @@ class GramianCSWin(GramianNet):
         dd = {"device": device, "dtype": dtype}
         if len(dims) != 4:
             raise ValueError(f"dims must have an entry for each of 4 stages, got {dims}")
-        check_stages(dims=dims, trunk_num_heads=trunk_num_heads)
+        check_per_stage(dims=dims, trunk_num_heads=trunk_num_heads)
         for i, num_heads in enumerate(trunk_num_heads):
             halves = 2 if i < 3 else 1
             check_divisor(f"trunk_num_heads[{i}]", num_heads, halves, **{f"dims[{i}]": dims[i]})
@@ -224,8 +224,6 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return gramian_cfg(
         crop_pct=0.9,
         first_conv="trunk.stem.0.conv",
-        license="apache-2.0",
-        origin_url="https://github.com/Lab-LVM/imagenet-models",
         **kwargs,
     )
 

@@ -225,8 +225,7 @@ def _fit_positions(table: Tensor, num_prefix: int, model: GramianViT) -> Tensor:
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: GramianViT) -> dict[str, Tensor]:
     """Own parameters for this model, positions resampled where it was made for another size."""
-    state_dict = unwrap(state_dict)
-    tensors = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    tensors = unwrap(state_dict)
     table = tensors.get("trunk.pos_embed")
     if table is not None and table.ndim == 3 and table.shape != model.trunk.pos_embed.shape:
         tensors["trunk.pos_embed"] = _fit_positions(table, 0, model)

@@ -400,7 +400,9 @@ def gramian_cfg(**kwargs: Any) -> dict[str, Any]:
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "classifier": "head.fc",
+        "license": "apache-2.0",
         "paper_ids": "arXiv:2310.16483",
         "paper_name": "Gramian Attention Heads are Strong yet Efficient Vision Learners",
+        "origin_url": "https://github.com/Lab-LVM/imagenet-models",
         **kwargs,
     }

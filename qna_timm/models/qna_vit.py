@@ -29,7 +29,6 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from qna_timm.convert import qna_vit_state_dict
-from qna_timm.convert.common import unwrap
 from qna_timm.layers import (
     BlockArgs,
     LearnedQueryAttention,
@@ -39,12 +38,10 @@ from qna_timm.layers import (
     ResNetStem,
     StageArgs,
     WindowAttention,
-    check_depths,
-    drop_path_rates,
-    plan_stages,
     scale_windows,
     stage_windows,
 )
+from qna_timm.layers.qna_stage import check_depths, drop_path_rates, plan_stages
 from qna_timm.layers.window_attn import Size2
 
 __all__ = ["QnAViT"]
@@ -164,6 +161,11 @@ class QnAViT(nn.Module):
         self.num_features = self.feature_info[-1]["num_chs"]
         self.img_size = REF_IMG_SIZE if img_size is None else tuple(to_2tuple(img_size))
         if window_size is None:
+            if num_stages > len(REF_WINDOW_SIZE):
+                raise ValueError(
+                    f"window_size must be given for {num_stages} stages, its default is for up to "
+                    f"{len(REF_WINDOW_SIZE)}"
+                )
             windows = stage_windows(REF_WINDOW_SIZE[-num_stages:], num_stages)
             windows = scale_windows(windows, REF_IMG_SIZE, self.img_size, self._reductions())
         else:
@@ -232,7 +234,7 @@ class QnAViT(nn.Module):
             num_queries=2,
             query_weight=args.query_weight,
             pos_embed=args.pos_embed,
-            normalize=last.normalize,
+            normalize_query=last.normalize_query,
             normalize_stop_grad=args.normalize_stop_grad,
             **(args.dd or {}),
         )
@@ -442,16 +444,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: QnAViT) -> dict[str,
 
     Tables made for other windows or kernels are resized as in `set_input_size`.
     """
-    return qna_vit_state_dict(unwrap(state_dict), model)
+    return qna_vit_state_dict(state_dict, model)
 
 
 def _create_qna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> QnAViT:
+    num_stages = len(kwargs.get("qna_depths", REF_WINDOW_SIZE))
     return build_model_with_cfg(
         QnAViT,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
         **kwargs,
     )
 
@@ -487,7 +490,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def qna_vit_tiny(pretrained: bool = False, **kwargs: Any) -> QnAViT:
-    """QnA-ViT-Tiny: 15.7 M parameters, 2.42 GMACs at 224, 81.7 % top-1 in the paper."""
+    """QnA-ViT-Tiny: 15.7 M parameters, 2.42 GMACs at 224, 81.7 % top-1 in the released README."""
     model_args = dict(drop_path_rate=0.05)
     return _create_qna_vit("qna_vit_tiny", pretrained, **dict(model_args, **kwargs))
 
@@ -501,7 +504,7 @@ def qna_vit_tiny_7x7(pretrained: bool = False, **kwargs: Any) -> QnAViT:
 
 @register_model
 def qna_vit_small(pretrained: bool = False, **kwargs: Any) -> QnAViT:
-    """QnA-ViT-Small: 25.0 M parameters, 4.34 GMACs at 224, 83.2 % top-1 in the paper."""
+    """QnA-ViT-Small: 25.0 M parameters, 4.34 GMACs at 224, 83.2 % top-1 in the released README."""
     model_args = dict(qna_depths=(2, 3, 6, 0), window_depths=(0, 0, 12, 2), drop_path_rate=0.2)
     return _create_qna_vit("qna_vit_small", pretrained, **dict(model_args, **kwargs))
 

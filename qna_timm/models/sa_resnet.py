@@ -31,8 +31,8 @@ from qna_timm.layers import (
     BottleneckArgs,
     SABottleneck,
     SpanAttention,
-    check_stages,
 )
+from qna_timm.layers.sa_block import check_stages
 
 __all__ = ["SAResNet"]
 

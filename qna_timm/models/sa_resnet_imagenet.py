@@ -27,6 +27,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.conv",
         "classifier": "head.fc",
+        "license": "apache-2.0",
         "paper_ids": "arXiv:1906.05909",
         "paper_name": "Stand-Alone Self-Attention in Vision Models",
         **kwargs,

@@ -4,10 +4,9 @@ from qna_timm.ops.api import (
     explain_qna_attention,
     learned_query_scores,
     normalize_query,
+    offsets_qna_attention,
     qna_attention,
     scores_of_keys,
-    stock_qna_attention,
-    window_attention,
 )
 from qna_timm.ops.branches import gram_matrix, part_linear
 from qna_timm.ops.gramian import (
@@ -25,6 +24,7 @@ from qna_timm.ops.reference import (
 from qna_timm.ops.resize import average_pool_to, resize_offset_table
 from qna_timm.ops.span_api import explain_span_attention, span_attention
 from qna_timm.ops.span_attn import ring_index, ring_weights
+from qna_timm.ops.window_attn import window_attention
 
 __all__ = [
     "attend_by_keys",
@@ -38,6 +38,7 @@ __all__ = [
     "gram_triangle_reference",
     "learned_query_scores",
     "normalize_query",
+    "offsets_qna_attention",
     "part_linear",
     "qna_attention",
     "qna_attention_reference",
@@ -47,7 +48,6 @@ __all__ = [
     "scores_of_keys",
     "span_attention",
     "span_attention_reference",
-    "stock_qna_attention",
     "triangle_index",
     "window_attention",
 ]

@@ -20,7 +20,6 @@ from qna_timm.ops.qna_offsets import FUSED_OFFSETS, qna_offsets
 from qna_timm.ops.qna_op import qna_operator
 from qna_timm.ops.qna_windows import check_problem
 from qna_timm.ops.reference import qna_attention_reference
-from qna_timm.ops.window_attn import tiled_window_attention
 
 QNA_FORMS = (*FORMS, "reference", "offsets", "triton")
 
@@ -69,8 +68,9 @@ def learned_query_scores(
         scores[b, y, x, q, j] = query[q, j] . key_j(x[b, y, x]),  key(x) = key_weight x + key_bias
 
     Queries do not depend on the input, so they are folded into the key projection: D*Q*h
-    multiplications for a token in place of D*C. Autocast and TF32 are off inside: a half-precision
-    score of 1000 would be good to the nearest half only, and goes into an exponential.
+    multiplications for a token in place of D*C. Autocast and TF32 are off inside (TF32 as the
+    caller has set it in compiled and scripted graphs): a half-precision score of 1000 would be good
+    to the nearest half only, and goes into an exponential.
 
     Args:
         x: [B, H, W, D].
@@ -90,7 +90,7 @@ def learned_query_scores(
         key_bias = key_bias.to(dtype)
     if torch.jit.is_scripting():
         return _folded_scores(x, key_weight, key_bias, query)
-    else:  # in so many words: the script compiler skips an else branch, not code that follows
+    else:  # TorchScript skips an else branch, not code after a return
         wanted, shape = key_weight.shape[1], list(x.shape)
         if not torch.jit.is_tracing() and (len(shape) != 4 or shape[3] != wanted):
             raise ValueError(f"x must be a channels-last map [B, H, W, {wanted}], got {shape}")
@@ -181,11 +181,13 @@ def qna_attention(
     """
     scores, rel_pos_bias, query_weight = _widened(scores, rel_pos_bias, query_weight)
     if torch.jit.is_scripting():
+        if impl == "reference" or impl == "offsets":
+            raise ValueError("impl='" + impl + "' is not for scripts; 'auto' is")
         window = [kernel_size[0], kernel_size[1]]
         return torch.ops.qna_timm.qna_attention(
             scores, value, rel_pos_bias, query_weight, window, stride, padding, impl
         )[0]
-    else:  # in so many words: the script compiler skips an else branch, not code that follows
+    else:  # TorchScript skips an else branch, not code after a return
         args = (scores, value, rel_pos_bias, query_weight, kernel_size, stride, padding)
         if not torch.jit.is_tracing():  # sizes are tensors there
             check_problem(*args)
@@ -193,11 +195,11 @@ def qna_attention(
         if choice.impl == "reference":
             return qna_attention_reference(*args).to(value.dtype)
         if choice.impl == "offsets":
-            return stock_qna_attention(*args)
+            return offsets_qna_attention(*args)
         return qna_operator(*args, choice.impl)
 
 
-def stock_qna_attention(
+def offsets_qna_attention(
     scores: Tensor,
     value: Tensor,
     rel_pos_bias: Tensor | None,
@@ -271,30 +273,3 @@ def explain_qna_attention(
             reason = f"{left} of {scores.shape[0]} images are out of its range"
         why_not[name] = reason
     return Choice("exact", why_not)
-
-
-def window_attention(
-    qkv: Tensor,
-    rel_pos_bias: Tensor | None,
-    num_heads: int,
-    window_size: tuple[int, int],
-    fused: bool = True,
-) -> Tensor:
-    """Multi-head self-attention inside non-overlapping windows that tile the map.
-
-        out_a = sum_b softmax_b(q_a . k_b / sqrt(d) + bias[a - b]) v_b,  a, b in the same window
-
-    A map smaller than the window is one window. A map that windows do not divide is continued by
-    padding at the bottom and right that takes no part in any softmax.
-
-    Args:
-        qkv: [B, H, W, 3*C], queries, keys and values one after the other, heads inside each.
-        rel_pos_bias: [(2*Wh-1) * (2*Ww-1), h] or None.
-        num_heads: h.
-        window_size: (Wh, Ww) in tokens.
-        fused: PyTorch's fused attention; otherwise matrix products (for exporters).
-
-    Returns:
-        [B, H, W, C].
-    """
-    return tiled_window_attention(qkv, rel_pos_bias, num_heads, window_size, fused)

@@ -66,9 +66,8 @@ def _part_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
-def _is_followed() -> bool:
-    """Whether operators are recorded one by one, or their tangents taken: Python's functions can
-    neither be saved nor have tangents."""
+def _needs_plain_operators() -> bool:
+    """Whether a trace is recorded or tangents are taken, which autograd functions do not serve."""
     return torch.jit.is_tracing() or has_tangents()
 
 
@@ -87,7 +86,7 @@ def part_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if torch.jit.is_scripting():
         return _part_linear(x, weight, bias)
-    else:  # in so many words: the script compiler skips an else branch, not code that follows
+    else:  # TorchScript skips an else branch, not code after a return
         device = x.device.type
         if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             # here and not by autocast: the backward pass is outside of it
@@ -95,7 +94,9 @@ def part_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         return (
-            _part_linear(x, weight, bias) if _is_followed() else _PartLinear.apply(x, weight, bias)
+            _part_linear(x, weight, bias)
+            if _needs_plain_operators()
+            else _PartLinear.apply(x, weight, bias)
         )
 
 
@@ -104,4 +105,4 @@ def gram_matrix(x: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return torch.bmm(x.transpose(1, 2), x)
     else:
-        return torch.bmm(x.transpose(1, 2), x) if _is_followed() else _Gram.apply(x)
+        return torch.bmm(x.transpose(1, 2), x) if _needs_plain_operators() else _Gram.apply(x)

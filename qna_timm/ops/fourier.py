@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qna_timm.ops.qna_windows import Windows
 
-# Errors of whole maps over what a random walk of roundings would leave, and the largest error of a
-# map over that. Maps that hold one large number, or no small one, had 0.6 and, of both factors
-# together, 25 in the rows and columns of that number.
+# Factors of safety on the error that a random walk of roundings leaves: DEVIATIONS for the norm of
+# a map's error, PEAK for its largest entry over that norm. The worst seen were 0.6 of the norm and
+# 25 of their product's 32, in the rows and columns of one large number.
 DEVIATIONS = 8.0
 PEAK = 4.0
 # Roundings of a D of mean size (root of mean square) that all windows of a map share: where map and

@@ -1,6 +1,6 @@
 """Gram matrices as feature vectors, and attention of one query per branch, folded.
 
-"Gramian Attention Heads are Strong yet Efficient Vision Learners", ICCV 2023, section 3.
+"Gramian Attention Heads are Strong yet Efficient Vision Learners", ICCV 2023, arXiv:2310.16483.
 Letters: B batch, N positions, D channels, G gram_dim, T = G(G+1)/2, M branches, h heads,
 d head_dim, e = h*d channels of queries, keys and values.
 """
@@ -35,7 +35,8 @@ def gram_triangle(x: Tensor, index: Tensor, height: int) -> Tensor:
 
     with the columns of F the positions of a map. The scales matter to the floor of the norm only.
     Products and sums are float32 (float64 for float64 input), also under autocast and where TF32
-    is on: a sum over positions in fewer digits loses what sets two images apart.
+    is on (not so in compiled and scripted graphs): a sum over positions in fewer digits loses what
+    sets two images apart.
 
     Args:
         x: Maps as tokens [M, B, N, G].
@@ -51,7 +52,7 @@ def gram_triangle(x: Tensor, index: Tensor, height: int) -> Tensor:
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if torch.jit.is_scripting():
         return _gram_triangle(x, index, height)
-    else:  # in so many words: the script compiler skips an else branch, not code that follows
+    else:  # TorchScript skips an else branch, not code after a return
         if index.is_meta and not x.is_meta:  # PyTorch would gather whatever is in memory
             raise ValueError(
                 f"the triangle's index is on meta, the map on {x.device.type}: "

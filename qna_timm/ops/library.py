@@ -18,7 +18,7 @@ _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") 
 
 
 def in_full_float32(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast stops at functions, not at what they call."""
+    """Runs a function without autocast and TF32, also in the operators that it calls."""
 
     @functools.wraps(function)
     def call(first: Tensor, *args: Any) -> Any:
@@ -52,7 +52,7 @@ def register_operator(
 def _vmap_in_turn(
     operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[Any, Any]:
-    """Runs an operator for one after another: gradients of parameters may be asked of each."""
+    """vmap: a call for each entry, results stacked, so that each has gradients of tables too."""
     if info.batch_size == 0:
         return _vmap_of_none(operator, in_dims, args)
     columns = [

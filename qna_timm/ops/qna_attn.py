@@ -17,15 +17,15 @@ from qna_timm.ops.qna_native import native_backward, native_forward, unsupported
 from qna_timm.ops.qna_sums import Tables, WindowSums
 from qna_timm.ops.qna_windows import Windows, check_problem
 
-# Channels of all queries and tokens at a time: what caches hold on a CPU, enough to fill a GPU, of
-# whose memory backward takes some 40 bytes for each: a sixteenth at most.
+# Numbers (tokens x channels x queries) computed at a time: what a CPU's caches hold; enough to fill
+# a GPU, where backward takes some 40 bytes for each, a sixteenth of the memory at most.
 CPU_NUMBERS = 2**20
 GPU_NUMBERS = 2**27
 GPU_BYTES = 16 * 40
 # The same for compiled functions, which see to caches themselves: some 50 MiB.
 NATIVE_NUMBERS = 2**24
-# Offsets of a window from which Fourier transforms take less time than convolutions, and where
-# convolutions without gradients are faster for longer.
+# Offsets of a window from which Fourier transforms take less time than convolutions: later in a
+# forward pass alone where the processor has wide vectors.
 FOURIER_OFFSETS = 169
 FOURIER_OFFSETS_FORWARD = {"AVX512": 400}
 # What the operator computes by hand.
@@ -47,7 +47,12 @@ class Problem:
         impl: str,
         backward: bool = False,
     ) -> None:
-        """Arguments as in `qna_attention`, impl one of `FORMS`."""
+        """Arguments as in `qna_attention`, impl one of `FORMS`.
+
+        Raises:
+            ValueError: an unknown impl, shapes that do not go together, or 'native' where it cannot
+                serve.
+        """
         if impl not in FORMS:
             raise ValueError(f"impl must be one of {FORMS}, got {impl!r}")
         window = (tuple(kernel_size), stride, padding)
@@ -135,8 +140,12 @@ class Problem:
         for _, form in self.forms:
             form.work.release()
 
-    def refuse(self) -> None:
-        """A form was asked for by name and cannot serve."""
+    def raise_if_named(self) -> None:
+        """What a form that cannot serve does: nothing where the next one may be tried.
+
+        Raises:
+            ValueError: it was asked for by name.
+        """
         if self.impl != "auto":
             raise ValueError(
                 f"impl='{self.impl}' is out of its range: scores or bias spread too far over a "
@@ -149,7 +158,7 @@ class Problem:
         for name, form in self.forms:
             if (out := form.forward(scores, value)) is not None:
                 return name, out
-            self.refuse()
+            self.raise_if_named()
         if not self.has_native:
             return "exact", exact_forward(scores, value, *self.parameters, self.windows)
         out = native_forward(scores, value, *self.parameters, self.windows)
@@ -168,7 +177,7 @@ class Problem:
         for _, form in self.forms:
             if (grads := form.backward(grad, scores, value)) is not None:
                 return grads
-            self.refuse()
+            self.raise_if_named()
         if not self.has_native:
             return exact_backward(grad, scores, value, *self.parameters, self.windows)
         by_scores, by_value, *by_tables = native_backward(

@@ -107,7 +107,7 @@ class ChannelsLastSums(_Convolutions):
         x = planes.permute(0, 2, 3, 1).contiguous()
         return x.view(*x.shape[:3], self.num_queries, self.num_heads, channels)
 
-    # One number for so few neighbours, and sums of so few, are slow; products with ones are not.
+    # Broadcasts to few channels, and sums over few, are slow; matrix products with ones are not.
     def spread(self, name: str, x: Tensor, channels: int) -> Tensor:
         out = self.work.get(name, (*x.shape[:5], channels))
         pairs = self.num_queries * self.num_heads

@@ -78,7 +78,7 @@ def exact_forward(
     heads = value.unflatten(3, (scores.shape[4], -1))
     softmax = ExactWindows(scores, rel_pos_bias, windows)
     seen = windows.shifts(windows.framed(heads))
-    out = torch.zeros_like(softmax.shift[:, :, :, 0, :, None] * heads.new_zeros(heads.shape[4]))
+    out = heads.new_zeros(*softmax.shift.shape[:3], *heads.shape[3:])  # n, Y, X, h, d
     walks = (in_parts(out, windows.num_offsets), softmax.attn(), seen)
     for offset, (part, attn, tokens) in enumerate(zip(*walks, strict=True)):
         weight = (attn * _row(query_weight, offset)).sum(dim=3)

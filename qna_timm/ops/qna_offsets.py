@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qna_timm.ops.qna_windows import window_max
 
-# Of a window, up to which compilers fuse them into one loop, which is then faster than any operator
-# by hand but the native one; that is as fast and takes a third of the time to compile.
+# Most offsets of a window that compilers fuse into one loop. The loop beats every form by hand but
+# the native one, which is as fast and takes a third of the time to compile.
 FUSED_OFFSETS = 9
 
 
@@ -28,8 +28,8 @@ def qna_offsets(
 
     Memory for backward: up to about 3*K*Q*h numbers for each output position.
 
-    Up to `few` offsets are taken one by one, for compilers to fuse. Of more a row of the window is
-    taken at a time: a 7x7 window's graph is a fifth as long so, which exporters take time for.
+    Up to `few` offsets are taken one by one, for compilers to fuse; more are taken a row of the
+    window at a time, which makes the graph of a 7x7 window five times shorter to export.
     """
     kernel_h, kernel_w = kernel_size
     num_heads = scores.shape[4]

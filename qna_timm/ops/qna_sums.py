@@ -30,11 +30,11 @@ from qna_timm.ops.workspace import Workspace
 SMALLEST_SUM = 1e-25
 # Range of scores up to which one maximum serves all maps at once; it is found faster than many.
 SHARED_RANGE = 30.0
-# What may be wrong of the output, as a part of its largest number, and of gradients, of their norm;
-# both over the rounding of a number: 5e-5 and 5e-4 in float32.
+# Errors that are allowed, in units of the rounding of a number: of the output over its largest
+# number (5e-5 in float32), of a gradient over its norm (5e-4).
 OUT_TOLERANCE = 420.0
 GRAD_TOLERANCE = 4200.0
-# Roundings that a sum of both terms of a gradient has gone through.
+# Roundings that both terms of a gradient have gone through when they are added.
 ROUNDINGS = 8.0
 
 
@@ -133,19 +133,19 @@ class WindowSums(ABC):
             first.add_(other)
         return first
 
-    def _attn(self, scores: Tensor) -> Tensor:
-        """e as a head map."""
+    def _exps(self, scores: Tensor) -> Tensor:
+        """e = exp(score - maximum) as a head map."""
         low, shift = scores.aminmax()
         if shift - low > SHARED_RANGE:
             shift = scores.amax(dim=(1, 2), keepdim=True)
         shifted = (scores - shift).unsqueeze(5)
-        return torch.exp(shifted.permute(self.order), out=self.place("attn", scores, 1))
+        return torch.exp(shifted.permute(self.order), out=self.place("exps", scores, 1))
 
-    def _in_range(self, attn: Tensor, below: Tensor) -> bool:
+    def _in_range(self, exps: Tensor, below: Tensor) -> bool:
         """Whether no window has vanished beside the map's maximum. Waits for the device."""
         if not self.noise:
             return bool(below.amin() >= SMALLEST_SUM)  # not so for NaN
-        error = self.norms("attn", attn).flatten(1) * norm(self.tables.below, (0,)).flatten()
+        error = self.norms("exps", exps).flatten(1) * norm(self.tables.below, (0,)).flatten()
         count = self.out_size[0] * self.out_size[1]
         size = norm(below, self.positions).flatten(1) / math.sqrt(count)
         error = error * (self.noise * PEAK) + size * (COMMON_ROUNDINGS * self.eps)
@@ -154,14 +154,14 @@ class WindowSums(ABC):
 
     def forward(self, scores: Tensor, value: Tensor) -> Tensor | None:
         """[n, Y, X, h, d] of scores [n, H, W, Q, h], value [n, H, W, C]; None: out of range."""
-        attn = self._attn(scores)
-        below = self.sums(self.ready("attn", attn), self.tables.below)
-        if not self._in_range(attn, below):
+        exps = self._exps(scores)
+        below = self.sums(self.ready("exps", exps), self.tables.below)
+        if not self._in_range(exps, below):
             return None
         value = self.shared("value", value)
         dim = value.shape[self.channel]
         weighted = self.place("weighted", scores, dim)
-        weighted = torch.mul(self.spread("spread", attn, dim), value, out=weighted)
+        weighted = torch.mul(self.spread("spread", exps, dim), value, out=weighted)
         above = self.sums(self.ready("weighted", weighted), self.tables.above)
         out = self.over_queries(above.mul_(self.spread("spread", 1.0 / below, dim)))
         if self.noise and not self._precise(weighted, below, out):
@@ -185,14 +185,14 @@ class WindowSums(ABC):
             scores: [n, H, W, Q, h].
             value: [n, H, W, C].
         """
-        attn = self._attn(scores)
-        attn_ready = self.ready("attn", attn)
+        exps = self._exps(scores)
+        attn_ready = self.ready("exps", exps)
         below = self.sums(attn_ready, self.tables.below)
-        if not self._in_range(attn, below):
+        if not self._in_range(exps, below):
             return None
         value, grad = self.shared("value", value), self.shared("grad", grad)
         dim = value.shape[self.channel]
-        spread = self.spread("spread", attn, dim)
+        spread = self.spread("spread", exps, dim)
         weighted = torch.mul(spread, value, out=self.place("weighted", scores, dim))
         weighted_ready = self.ready("weighted", weighted)
         above = self.sums(weighted_ready, self.tables.above)
@@ -206,13 +206,13 @@ class WindowSums(ABC):
         above_ready = self.ready("grad_above", grad_above)
         below_ready = self.ready("grad_below", grad_below)
 
-        errors = self._errors(attn, weighted, grad_above, grad_below)
+        errors = self._errors(exps, weighted, grad_above, grad_below)
         by_above = self.table_grad(weighted_ready, above_ready).mul_(self.tables.below)
         by_below = self.table_grad(attn_ready, below_ready).mul_(self.tables.below)
         grad_bias = (by_above * self.tables.weight, by_below)
         grad_weighted = self.sums_back(above_ready, self.tables.above)
-        by_value = self.collect(torch.mul(grad_weighted, value, out=weighted)).mul_(attn)
-        by_total = self.sums_back(below_ready, self.tables.below).mul_(attn)
+        by_value = self.collect(torch.mul(grad_weighted, value, out=weighted)).mul_(exps)
+        by_total = self.sums_back(below_ready, self.tables.below).mul_(exps)
         grad_value = self.over_queries(grad_weighted.mul_(spread))
         parts = ((by_value, by_total), (grad_value,), grad_bias, (by_above,))
         found = [_total(terms, error) for terms, error in zip(parts, errors, strict=True)]
@@ -222,31 +222,31 @@ class WindowSums(ABC):
         return grad_scores.permute(self.back).squeeze(5), *others
 
     def _errors(
-        self, attn: Tensor, weighted: Tensor, above: Tensor, below: Tensor
+        self, exps: Tensor, weighted: Tensor, above: Tensor, below: Tensor
     ) -> list[Tensor | float]:
         """How far gradients of scores, value, bias and weight may be off, as norms.
 
         Args:
-            attn: e as a head map.
+            exps: e as a head map.
             weighted: e * value as a channel map.
             above: Gradients of N as a channel map.
             below: Gradients of D as a head map.
         """
         if not (self.noise or self.table_noise):
             return [0.0] * 4
-        maps = {"attn": attn, "weighted": weighted, "grad_above": above, "grad_below": below}
-        attn, weighted, above, below = (
+        maps = {"exps": exps, "weighted": weighted, "grad_above": above, "grad_below": below}
+        exps, weighted, above, below = (
             norm(self.norms(name, x), (3,)).flatten(1) for name, x in maps.items()
         )
         tables = self.tables
         of_above = self.noise * above * norm(tables.above, (0,)).flatten()
         of_below = self.noise * below * norm(tables.below, (0,)).flatten()
         by_above = self.table_noise * norm(weighted * above, (0,)) * tables.below.flatten(1)
-        by_below = self.table_noise * norm(attn * below, (0,)) * tables.below.flatten(1)
+        by_below = self.table_noise * norm(exps * below, (0,)) * tables.below.flatten(1)
         by_weight = by_above * tables.weight_rows
         return [
-            norm(torch.stack([weighted * of_above, attn * of_below])),
-            norm(attn * of_above),
+            norm(torch.stack([weighted * of_above, exps * of_below])),
+            norm(exps * of_above),
             norm(torch.stack([by_weight, by_below])) if tables.has_bias else 0.0,
             norm(by_above) if tables.has_weight else 0.0,
         ]

@@ -21,7 +21,7 @@ def average_pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if torch.jit.is_scripting():
         return F.adaptive_avg_pool2d(x, size)
-    else:  # in so many words: the script compiler skips an else branch, not code that follows
+    else:  # TorchScript skips an else branch, not code after a return
         if not torch.are_deterministic_algorithms_enabled():
             return F.adaptive_avg_pool2d(x, size)
         rows, cols = _shares(x.shape[-2], size[0], x), _shares(x.shape[-1], size[1], x)

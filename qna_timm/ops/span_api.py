@@ -60,7 +60,7 @@ def span_attention(
     up and left. Offsets with m + floor = 0 are left out, of the maximum too; a window in which none
     is left has no defined output. Keys and values off the map are zero and take part. Everything
     inside is float32 (float64 for a float64 qkv), also under autocast. (arXiv:1906.05909, section
-    3; arXiv:2004.08708, section 3.)
+    2.2; arXiv:2004.08708.)
 
     Args:
         qkv: [B, H, W, 3*C], queries, keys and values one after the other, heads inside each.
@@ -93,11 +93,13 @@ def span_attention(
     if floor is not None:
         floor = floor.detach().to(dtype)
     if torch.jit.is_scripting():
+        if impl != "auto" and impl != "offsets":
+            raise ValueError("impl must be 'auto' or 'offsets' in scripts, got '" + impl + "'")
         out = span_offsets(
             qkv.to(dtype), rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale
         )
         return out.to(qkv.dtype)
-    else:  # in so many words: the script compiler skips an else branch, not code that follows
+    else:  # TorchScript skips an else branch, not code after a return
         if not torch.jit.is_tracing():  # sizes are tensors there
             check_span(qkv, rel_pos_h, rel_pos_w, mask, floor, num_heads)
         rest = (rel_pos_h, rel_pos_w, mask, floor, num_heads, mask_padding, scale)

@@ -1,6 +1,6 @@
 """Local self-attention with relative keys and a soft window, for any device, in plain PyTorch.
 
-"Stand-Alone Self-Attention in Vision Models" (arXiv:1906.05909), section 3, with the spans of
+"Stand-Alone Self-Attention in Vision Models" (arXiv:1906.05909), section 2.2, with the spans of
 "Adaptive Attention Span in Computer Vision" (arXiv:2004.08708).
 
 Letters: B batch, H W map, C = h*d channels, h heads, d head_dim, k kernel_size, K = k*k offsets in

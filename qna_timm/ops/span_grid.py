@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Queries of a tile, down and across: of matrices this small larger ones are faster, of windows
-# this small smaller ones waste less.
+# Queries of a tile, down and across: larger tiles make faster products, smaller ones read fewer
+# keys in vain where windows are small.
 TILE = (4, 8)
 
 
@@ -64,7 +64,7 @@ class TileGrid:
         if max(missing) > 0:
             x = F.pad(x, [0, 0, 0, missing[0], 0, missing[1]])
         x = x.unflatten(2, (-1, across)).unflatten(1, (-1, down))  # n, R, th, Q, tw, d
-        # contiguous: of an expanded gradient this would be a view, copied by products bit by bit
+        # contiguous: an expanded gradient would stay a view, which every product copies anew
         return x.transpose(2, 3).reshape(-1, self.num_queries, x.shape[-1]).contiguous()
 
     def put_queries(self, out: Tensor, tiles: Tensor, rows: slice) -> None:

@@ -24,7 +24,7 @@ from qna_timm.ops.workspace import Workspace
 # Scores at a time: what caches hold on a CPU, enough to fill a GPU.
 CPU_SCORES = 2**20
 GPU_SCORES = 2**26
-# Added to a score takes the offset out of the softmax; twice of it is still a number.
+# Added to a score, takes the offset out of the softmax; finite even when it is added twice.
 OUT = -1e30
 
 
@@ -43,7 +43,7 @@ class _Head:
         self.grid, self.work = grid, work
         self.rel_pos = rel_pos  # d, 2*k
         self.off_map = off_map
-        # how what is not a map's lies in queries and keys
+        # what the columns of queries and keys beside their own depend on
         self.layout = (grid.tile, grid.kernel_size, rel_pos.shape[0])
         self.mask = self.floor = self.excluded = None
         if mask is None:
@@ -117,7 +117,7 @@ class _Head:
         elif self.floor is not None:
             floor = self.work.get("scores", attn.shape)
             total = total + torch.mul(attn, self.floor, out=floor).sum(dim=2, keepdim=True)
-        # 0 behind the map's border alone, where a query's whole window can be left out
+        # 0 only for queries that fill a tile up beyond the map: their whole window may be left out
         return weighed, total.clamp_min(torch.finfo(total.dtype).tiny)
 
     def grad_scores(

@@ -38,15 +38,39 @@ def _window_mask(size: tuple[int, int], window: tuple[int, int], device: torch.d
     return ((rows < size[0]) & (cols < size[1])).flatten(2).flatten(0, 1)[:, None, None]
 
 
-def tiled_window_attention(
+def window_attention(
     qkv: Tensor,
     rel_pos_bias: Tensor | None,
     num_heads: int,
     window_size: tuple[int, int],
-    fused: bool,
+    fused: bool = True,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v in every window; see `window_attention`."""
+    """Multi-head self-attention inside non-overlapping windows that tile the map.
+
+        out_a = sum_b softmax_b(q_a . k_b / sqrt(d) + bias[a - b]) v_b,  a, b in the same window
+
+    A map smaller than the window is one window. A map that windows do not divide is continued by
+    padding at the bottom and right that takes no part in any softmax.
+
+    Args:
+        qkv: [B, H, W, 3*C], queries, keys and values one after the other, heads inside each.
+        rel_pos_bias: [(2*Wh-1) * (2*Ww-1), h] or None.
+        num_heads: h.
+        window_size: (Wh, Ww) in tokens.
+        fused: PyTorch's fused attention; otherwise matrix products (for exporters).
+
+    Returns:
+        [B, H, W, C].
+
+    Raises:
+        ValueError: channels that are not three times as many for every head, outside of traces.
+    """
     batch, height, width, channels = qkv.shape
+    if not torch.jit.is_tracing() and channels % (3 * num_heads) != 0:  # traces have tensors there
+        raise ValueError(
+            f"qkv must have 3 * num_heads = {3 * num_heads} times the channels of a head, "
+            f"got {channels}"
+        )
     # a map smaller than the window is a window of its own: same pairs, same biases
     window = (min(window_size[0], height), min(window_size[1], width))
     # Sizes are products of counts, and no reshape infers one: with symbolic sizes (compiling for

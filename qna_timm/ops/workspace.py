@@ -42,11 +42,11 @@ class Workspace:
         owner: Any = None,
         prepare: Callable[[Tensor], Any] = Tensor.zero_,
     ) -> Tensor:
-        """A buffer [rows, ...] with anything in it, or for an owner with what it has left there.
+        """A buffer [rows, ...], uninitialised or, with an owner, as that owner left it.
 
         Args:
             name: Which buffer.
-            shape: Its shape; of a first dimension that varies, as much as was ever asked for stays.
+            shape: Its shape. The largest buffer that was asked for by this name stays allocated.
             owner: What all that is written there depends on, beside values; compared.
             prepare: Writes rows that the owner has not had before.
         """

@@ -62,7 +62,8 @@ def measure(
     Raises:
         UsageError: the settings, the data, the checkpoint and the model do not go together.
     """
-    choose_kernels(processes.device, mixed=settings.amp)
+    has_graph = bool(settings.torchcompile or settings.torchscript)
+    choose_kernels(processes.device, full_float32=settings.amp or has_graph)
     random_seed(settings.seed)  # the same random weights on all processes
     dataset, class_names = open_labelled(settings, metadata)
     model, weights = build_candidate(settings, metadata)

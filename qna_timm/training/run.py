@@ -110,7 +110,8 @@ def set_up(
         UsageError: Settings, files or data are at fault.
     """
     report.check_trackers(args)
-    choose_kernels(processes.device, args.deterministic, mixed=args.amp)
+    has_graph = bool(args.torchcompile or args.torchscript)
+    choose_kernels(processes.device, args.deterministic, full_float32=args.amp or has_graph)
     train_set, eval_set = open_datasets(args)
     classes, class_names = choose_classes(args, train_set)
     # All processes start from the same weights.

@@ -33,7 +33,7 @@ class SpanTask(TrainTask):
 
     Spans are fractions of their layer's ``max_span`` pixels; after every update, and before the
     first, they are brought back into [0, 1]. ("Adaptive Attention Span in Computer Vision",
-    arXiv:2004.08708, section 3.)
+    arXiv:2004.08708.)
 
     Args:
         model: Has `AdaptiveSpan` layers; not yet scripted, compiled or distributed.

@@ -290,9 +290,15 @@ def test_kernels_are_those_of_training(
     script: ModuleType, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen: list[tuple[torch.device, bool]] = []
-    monkeypatch.setattr(measure, "choose_kernels", lambda x, mixed: chosen.append((x, mixed)))
-    assert script.main(["--checkpoint", str(run_folder), "--device", "cpu"]) == 0
-    assert chosen == [(torch.device("cpu"), False)]
+
+    def keep(device: torch.device, full_float32: bool) -> None:
+        chosen.append((device, full_float32))
+
+    monkeypatch.setattr(measure, "choose_kernels", keep)
+    for flags in ([], ["--torchscript"]):  # in whose graphs nothing switches TF32 off
+        argv = ["--checkpoint", str(run_folder), "--device", "cpu", *flags]
+        assert script.main(argv) == 0
+    assert chosen == [(torch.device("cpu"), False), (torch.device("cpu"), True)]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -302,7 +308,7 @@ def test_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     choose_kernels(torch.device(device))
     assert (cudnn.benchmark, chosen) == ((True, ["high"]) if device == "cuda" else (False, []))
-    choose_kernels(torch.device(device), mixed=True)
+    choose_kernels(torch.device(device), full_float32=True)
     assert chosen[1:] == (["highest"] if device == "cuda" else [])
 
 

@@ -20,7 +20,13 @@ OPTIMIZER_FLAGS = (
     Flag("--momentum", float, 0.9, "Momentum, where the optimizer has one.", rule=NOT_NEGATIVE),
     Flag("--weight-decay", float, 2e-5, "Weight decay.", rule=NOT_NEGATIVE),
     Flag("--clip-grad", float, None, "Clip gradients at this.", rule=POSITIVE),
-    Flag("--clip-mode", str, "norm", "What is clipped.", choices=("norm", "value", "agc")),
+    Flag(
+        "--clip-mode",
+        str,
+        "norm",
+        "norm: of all gradients; value: each number; agc: by the norms of weights.",
+        choices=("norm", "value", "agc"),
+    ),
     Flag(
         "--layer-decay",
         float,
@@ -217,7 +223,13 @@ AUGMENTATION_FLAGS = (
         rule=NOT_NEGATIVE,
     ),
     Flag("--reprob", float, 0.0, "Probability of random erasing.", rule=PROBABILITY),
-    Flag("--remode", str, "pixel", "What erases.", choices=("const", "rand", "pixel")),
+    Flag(
+        "--remode",
+        str,
+        "pixel",
+        "What erased patches are filled with.",
+        choices=("const", "rand", "pixel"),
+    ),
     Flag("--recount", int, 1, "Most patches erased.", rule=POSITIVE),
     Flag("--resplit", bool, False, "Do not erase in the first (clean) split."),
     Flag("--mixup", float, 0.0, "Mixup's alpha; 0 for none.", rule=NOT_NEGATIVE),
@@ -238,7 +250,13 @@ AUGMENTATION_FLAGS = (
         "Probability of CutMix where both are on.",
         rule=PROBABILITY,
     ),
-    Flag("--mixup-mode", str, "batch", "What shares one mix.", choices=("batch", "pair", "elem")),
+    Flag(
+        "--mixup-mode",
+        str,
+        "batch",
+        "Who shares a mix: the batch, pairs, or no images.",
+        choices=("batch", "pair", "elem"),
+    ),
     Flag(
         "--mixup-off-epoch", int, 0, "No mixing from this epoch on; 0 for never.", rule=NOT_NEGATIVE
     ),
