@@ -72,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def validate_all(args: argparse.Namespace, processes: Processes) -> int:
-    """Validate what the flags name and report it; the exit code."""
+    """Validate what the flags name and report it; the exit code.
+
+    Raises:
+        UsageError: nothing could be validated, or what the only candidate lacks.
+        RunFailed: the results could not be written.
+    """
     candidates = list_candidates(args)
     check_outputs(args, len(candidates), processes)
     if len(candidates) == 1:
@@ -138,7 +143,11 @@ def validate_retrying(
 def save_results(
     args: argparse.Namespace, results: dict[str, Any] | list[dict[str, Any]], processes: Processes
 ) -> None:
-    """Write --results-file, if it is asked for."""
+    """Write --results-file, if it is asked for.
+
+    Raises:
+        RunFailed: it could not be written.
+    """
     if args.results_file and processes.is_primary:
         try:
             write_results(Path(args.results_file), results, args.results_format)

@@ -226,7 +226,7 @@ def test_scripts_have_one_form() -> None:
 @pytest.mark.parametrize("learns", [False, True], ids=["fixed", "adaptive"])
 def test_tools(learns: bool) -> None:
     """Scripting, tracing, deepcopy, channels-last, autocast, meta."""
-    layer = adaptive() if learns else SpanAttention(6, 8, 2, 5).eval()
+    layer = adaptive(kernel_size=4) if learns else SpanAttention(6, 8, 2, 5).eval()
     x = torch.randn(2, 6, 7, 9)
     wanted = layer(x)
     scripted = torch.jit.script(layer)

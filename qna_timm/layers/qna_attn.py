@@ -247,7 +247,16 @@ class LearnedQueryPool(LearnedQueryAttention):
     The tables belong to a map of kernel_size x kernel_size; for a map of another size they are
     resized (`resize_offset_table`), so that every token takes part.
 
+    Args:
+        dim: Input channels D.
+        num_heads: Heads h.
+        kernel_size: Side of the maps that the tables are made for, in tokens.
+        kwargs: More arguments of `LearnedQueryAttention`.
+
     Shape: [B, H, W, D] -> [B, 1, 1, dim_out].
+
+    Raises:
+        ValueError: see `LearnedQueryAttention`.
     """
 
     def __init__(self, dim: int, num_heads: int, kernel_size: int, **kwargs: Any) -> None:

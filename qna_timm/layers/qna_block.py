@@ -34,6 +34,16 @@ class Shortcut(nn.Module):
     """Residual path of a strided block: [B, H, W, dim] -> [B, ceil(H/2), ceil(W/2), dim_out].
 
     Even rows and columns, or their "same"-padded average, then a projection without bias.
+
+    Args:
+        dim: Input channels.
+        dim_out: Output channels.
+        kernel_size: Side of what is averaged, in tokens.
+        kind: 'conv' or 'avgpool', the average.
+        dd: Device and dtype of the parameters.
+
+    Raises:
+        ValueError: an unknown kind.
     """
 
     def __init__(self, dim: int, dim_out: int, kernel_size: int, kind: str, dd: dict) -> None:

@@ -174,6 +174,10 @@ class CSWin(nn.Module):
         norm_layer: Normalisation over channels.
         norm_eps: Its epsilon.
         final_norm: Normalise the last map.
+
+    Raises:
+        ValueError: numbers of stages that differ, heads and stripes that do not go with a width, or
+            an unknown stem_type.
     """
 
     def __init__(

@@ -123,6 +123,9 @@ class GramianResNet(GramianNet):
         drop_path_rate: Stochastic depth of the fusion, rising linearly from 0 over the trunk's
             blocks; also of Gram layers where there are any.
         head_args: Arguments of `GramianHead`.
+
+    Raises:
+        ValueError: see `GramianHead`.
     """
 
     def __init__(

@@ -106,6 +106,9 @@ class GramianViT(GramianNet):
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0; also of Gram
             layers where there are any.
         head_args: Arguments of `GramianHead`.
+
+    Raises:
+        ValueError: see `GramianHead`.
     """
 
     def __init__(

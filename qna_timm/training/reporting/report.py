@@ -257,7 +257,11 @@ def _write_table(path: Path, columns: list[str], rows: Sequence[Mapping[str, Any
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
-    """Add lines to a text file, all or none."""
+    """Add lines to a text file, all or none.
+
+    Raises:
+        OSError: they could not be written; the file is as it was.
+    """
     with open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         try:
