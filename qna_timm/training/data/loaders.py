@@ -348,7 +348,6 @@ def create_eval_loader(
         img_dtype=img_dtype,
         device=device,
         use_prefetcher=uses_prefetcher(args, device),
-        tf_preprocessing=getattr(args, "tf_preprocessing", False),
     )
     inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
     changes: dict[str, Any] = {"collate_fn": TellingCollate(inner.collate_fn)}
