@@ -164,3 +164,40 @@ def test_norm_before_folded_attention() -> None:
     layer.block.norm1.register_forward_hook(lambda *_: seen.append("norm"))
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
     assert seen == ["norm"]
+
+
+class Quantized(Tensor):
+    """As weights of torchao or DTensors: a tensor that layers know, and nothing else."""
+
+    kept: Tensor
+
+    @staticmethod
+    def __new__(cls, data: Tensor) -> "Quantized":
+        own = Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype)
+        own.kept = data
+        return own
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["kept"], None
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: tuple, args: tuple, kwargs=None) -> Tensor:
+        if func in (nn.functional.linear, torch.conv2d):
+            return func(*[arg.kept if isinstance(arg, cls) else arg for arg in args])
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, *_: object) -> Tensor:
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize("name", ["attention", "pool", "spans"])
+def test_weights_of_another_kind(name: str) -> None:
+    layer, inner, x = make(name)
+    layer.requires_grad_(False)
+    wanted = layer(x)
+    module = layer.get_submodule(inner)
+    weight = Quantized(module.weight.data)
+    del module.weight
+    module.weight = weight
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)

@@ -156,3 +156,42 @@ def test_gradient_checkpointing_computes_again(name: str) -> None:
         model.set_grad_checkpointing(enable)
         model(images(name)).square().mean().backward()
         assert calls == dict.fromkeys(blocks, times)
+
+
+GRAMIAN = [name for name in SMALL if name.startswith("ga_")]
+
+
+@pytest.mark.parametrize("name", GRAMIAN)
+def test_parts_of_gramian_networks_are_called(name: str) -> None:
+    """Hooks of tools and units of FSDP2 are on modules: trunk, stages, fusion, head."""
+    model, called = small(name).eval(), set()
+    for place, module in model.named_modules():
+        module.register_forward_hook(lambda *_, place=place: called.add(place))
+    model(images(name))
+    stages = {info["module"] for info in model.feature_info}
+    if name == "ga_convnext_tiny" or name == "ga_cswin_tiny":
+        stages -= {"trunk.stages.2"}  # gives maps from between its blocks
+    trunk = set() if name == "ga_backbone" else {"trunk"}  # whose features timm's method gives
+    assert {*stages, *trunk, "fuse", "head", "head.block.q", "head.fc"} - called == set()
+
+
+@pytest.mark.parametrize("name", GRAMIAN)
+def test_features_of_gramian_networks(name: str) -> None:
+    """By the getter, said or not; no other of timm's classes fits a trunk within."""
+    for words in ({}, {"feature_cls": "getter"}):
+        features = small(name, features_only=True, **words).eval()
+        maps = features(images(name))
+        assert [x.shape[1] for x in maps] == features.feature_info.channels()
+    for kind in ("list", "dict", "hook", "fx"):
+        with pytest.raises(ValueError, match=f"must be 'getter', got '{kind}'"):
+            small(name, features_only=True, feature_cls=kind)
+
+
+@pytest.mark.parametrize("name", GRAMIAN)
+def test_no_heads_without_the_fused_map(name: str) -> None:
+    model = small(name)
+    model.prune_intermediate_layers([0], prune_norm=True)
+    with pytest.raises(ValueError, match=r"^the fused map was pruned, .* got 5 and None$"):
+        model.reset_classifier(5)
+    model.reset_classifier(0)
+    assert model.eval()(images(name)).ndim == 4

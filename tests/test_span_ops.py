@@ -314,3 +314,19 @@ def test_ring_weights() -> None:
     assert torch.autograd.grad(weights[0].sum(), span)[0][0] == pytest.approx(7.5)
     assert ring_index(5).view(5, 5)[0].tolist() == [2, 2, 2, 2, 2]
     assert ring_index(5).view(5, 5)[2].tolist() == [2, 1, 0, 1, 2]
+
+
+def test_forward_mode_by_itself() -> None:
+    """'auto' takes the form that has tangents where some may be asked for."""
+    gen = torch.Generator().manual_seed(0)
+    qkv, tangent = (torch.randn(1, 5, 6, 24, generator=gen, dtype=torch.float64) for _ in range(2))
+    tables = [torch.randn(8, 3, generator=gen, dtype=torch.float64) for _ in range(2)]
+
+    def attend(x: Tensor) -> Tensor:
+        return span_attention(x, *tables, 2)
+
+    out, found = torch.func.jvp(attend, (qkv,), (tangent,))
+    step = 1e-6
+    wanted = (attend(qkv + step * tangent) - attend(qkv - step * tangent)) / (2 * step)
+    torch.testing.assert_close(out, attend(qkv))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)

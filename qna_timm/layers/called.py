@@ -11,11 +11,14 @@ def must_be_called(
     """Whether a layer is more than its parameters.
 
     Pruning, quantization, adapters, sharding of a single layer and tools that measure put something
-    in a layer's place, or hooks on it, and expect that it is called.
+    in a layer's place, hooks on it, or a tensor of a kind of its own for its weight, and expect
+    that it is called.
 
     Args:
         module: The layer, or what is in its place.
         plain: Classes whose parameters alone say what they compute.
     """
     is_plain = type(module) in plain and "forward" not in module.__dict__
-    return not is_plain or any(getattr(module, name) for name in _HOOKS)
+    if not is_plain or any(getattr(module, name) for name in _HOOKS):
+        return True
+    return hasattr(module.weight, "__tensor_flatten__")  # a wrapper: quantized or sharded

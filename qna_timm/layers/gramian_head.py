@@ -358,7 +358,7 @@ class GramianHead(nn.Module):
             return x
         else:  # TorchScript skips an else branch, not code after a return
             tokens = self._tokens(x)
-            if pre_logits or self.num_classes == 0:
+            if pre_logits or self.num_classes <= 0:
                 return tokens.transpose(0, 1).flatten(1)
             logits = self.fc(self.head_drop(tokens))  # M, B, classes
             if self.branch_outputs:

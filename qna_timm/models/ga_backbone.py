@@ -442,8 +442,8 @@ def ga_backbone(pretrained: bool = False, **kwargs: Any) -> GramianBackbone:
         overlay = _cfg_overlay(backbone, backbone_args, kwargs.get("pretrained_cfg"), overlay)
     if pretrained:
         kwargs["backbone_pretrained"] = False
-    if kwargs.get("features_only"):
-        kwargs.setdefault("feature_cls", TapFeatures)
+    if kwargs.get("features_only") and kwargs.get("feature_cls") in (None, "getter"):
+        kwargs["feature_cls"] = TapFeatures
     model = create_gramian(
         GramianBackbone,
         "ga_backbone",

@@ -47,7 +47,7 @@ class ConvNeXtTrunk(ConvNeXt):
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: there is no classifier."""
 
-    def forward_taps(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         """Images to [stage 1, stage 2, taps of stage 3, stage 3, stage 4], NCHW."""
         maps = []
         x = self.stem(x)
@@ -65,10 +65,6 @@ class ConvNeXtTrunk(ConvNeXt):
                 x = stage(x)
             maps.append(x)
         return maps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The last stage's map."""
-        return self.forward_features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Nothing: there is no head."""
@@ -159,6 +155,7 @@ class GramianConvNeXt(GramianNet):
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return gramian_cfg(
         first_conv="trunk.stem.0",
+        origin_url="https://github.com/Lab-LVM/imagenet-models",
         **kwargs,
     )
 

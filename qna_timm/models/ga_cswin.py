@@ -48,15 +48,19 @@ class CSWinTrunk(CSWin):
         self.taps = [[] for _ in self.stages]
         self.taps[TAP_STAGE] = tap_positions(len(self.stages[TAP_STAGE].blocks), num_taps)
 
-    def forward_taps(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         """Images to [stage 1, stage 2, taps of stage 3, stage 3, stage 4], NCHW."""
         maps: list[Tensor] = []
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
-            outputs = stage.forward_taps(x, self.taps[i])
-            for y in outputs:
-                maps.append(y.permute(0, 3, 1, 2))
-            x = outputs[-1]
+            if len(self.taps[i]) == 0:
+                x = stage(x)
+            else:
+                outputs = stage.forward_taps(x, self.taps[i])
+                for y in outputs[:-1]:
+                    maps.append(y.permute(0, 3, 1, 2))
+                x = outputs[-1]
+            maps.append(x.permute(0, 3, 1, 2))
         return maps
 
 
@@ -224,6 +228,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return gramian_cfg(
         crop_pct=0.9,
         first_conv="trunk.stem.0.conv",
+        origin_url="https://github.com/Lab-LVM/imagenet-models",
         **kwargs,
     )
 

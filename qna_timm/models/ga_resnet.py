@@ -78,7 +78,7 @@ class ResNetTrunk(ResNet):
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: there is no classifier."""
 
-    def forward_taps(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         """Images to [stem before its pooling, stage 1, 2, 3, 4], NCHW."""
         x = self.act1(self.bn1(self.conv1(x)))
         maps = [x]
@@ -96,10 +96,6 @@ class ResNetTrunk(ResNet):
         maps.append(x)
         maps.append(self.layer4(x))
         return maps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The last stage's map."""
-        return self.forward_features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Nothing: there is no head."""

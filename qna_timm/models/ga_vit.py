@@ -62,7 +62,7 @@ class ViTTrunk(VisionTransformer):
         )
         return self.pos_drop(x.flatten(1, 2) + positions)
 
-    def forward_taps(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         """Images to [patch tokens after the final norm], NCHW."""
         x = self.patch_embed(x)
         height, width = x.shape[1], x.shape[2]

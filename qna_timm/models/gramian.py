@@ -48,8 +48,10 @@ class GramianNet(nn.Module):
     logits and sums them for evaluation: the same ranking, probabilities and losses of logits
     five times sharper.
 
-    Subclasses build the trunk and pass it here. It is a timm model without classifier that also
-    has `forward_taps`, from images to the list of NCHW maps that `fuse` takes.
+    Subclasses build the trunk and pass it here: a timm model without classifier, called with images
+    for the list of NCHW maps that `fuse` takes. A stage that gives maps from between its blocks
+    runs block by block and is not called itself: hooks on it do not fire, those on its blocks do,
+    and FSDP2 takes the trunk or its blocks for units.
 
     Args:
         trunk: See above.
@@ -181,7 +183,15 @@ class GramianNet(nn.Module):
         Args:
             num_classes: Classes; 0 for none.
             global_pool: 'gram' or ''; the current one if None.
+
+        Raises:
+            ValueError: branches where pruning has removed the fused map.
         """
+        if self.fuse is None and (num_classes > 0 or global_pool == "gram"):
+            raise ValueError(
+                "the fused map was pruned, so that num_classes must be 0 and global_pool '', "
+                f"got {num_classes} and {global_pool!r}"
+            )
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
@@ -264,7 +274,7 @@ class GramianNet(nn.Module):
 
     def forward_taps(self, x: Tensor) -> list[Tensor]:
         """Images to the NCHW maps that are fused."""
-        return self.trunk.forward_taps(x)
+        return self.trunk(x)
 
     @torch.jit.unused
     def _pruned_features(self, x: Tensor) -> Tensor:
@@ -371,6 +381,9 @@ def create_gramian(
 ) -> GramianNet:
     """timm's builder with what all Gramian models share.
 
+    Raises:
+        ValueError: a way to take features that does not fit a network whose maps lie in its trunk.
+
     Args:
         model_class: Subclass of `GramianNet`.
         variant: Registered name.
@@ -379,6 +392,9 @@ def create_gramian(
         filter_fn: From a checkpoint's state dict to the model's.
         kwargs: Arguments of the class and of timm's builder.
     """
+    feature_cls = kwargs.get("feature_cls") or "getter"
+    if feature_cls in ("list", "dict", "hook", "fx"):
+        raise ValueError(f"feature_cls of {variant} must be 'getter', got {feature_cls!r}")
     return build_model_with_cfg(
         model_class,
         variant,
@@ -403,6 +419,5 @@ def gramian_cfg(**kwargs: Any) -> dict[str, Any]:
         "license": "apache-2.0",
         "paper_ids": "arXiv:2310.16483",
         "paper_name": "Gramian Attention Heads are Strong yet Efficient Vision Learners",
-        "origin_url": "https://github.com/Lab-LVM/imagenet-models",
         **kwargs,
     }

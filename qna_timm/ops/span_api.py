@@ -11,6 +11,7 @@ from torch import Tensor
 from qna_timm.ops import span_native
 from qna_timm.ops.dispatch import Choice, against_triton, choose
 from qna_timm.ops.float32 import full_float32
+from qna_timm.ops.library import has_tangents
 from qna_timm.ops.reference import span_attention_reference
 from qna_timm.ops.span_attn import check_span, span_offsets
 from qna_timm.ops.span_op import FORMS, span_operator, span_triton
@@ -32,6 +33,9 @@ def _choose_span(impl: str, qkv: Tensor, kernel_size: int, num_heads: int) -> Ch
     """The ladder: kernels where they are known to serve, else compiled functions, else tiles."""
     if impl not in SPAN_FORMS:
         raise ValueError(f"impl must be one of {SPAN_FORMS}, got {impl!r}")
+    if impl == "auto" and has_tangents():
+        reason = "it has no forward-mode derivatives"
+        return Choice("offsets", dict.fromkeys(("triton", "native", "tiles"), reason))
     # no functions in here: PyTorch 2.6 cannot compile one with annotations
     unsupported = partial(_unsupported_by_triton, qkv, kernel_size, num_heads)
     against = partial(against_triton, "span_attention", qkv, unsupported)
@@ -77,7 +81,8 @@ def span_attention(
             functions, on a CPU in float32, where the package was installed with a C++ compiler at
             hand) or 'triton' (in fused kernels, for GPUs; keeps the output too; m + floor must not
             be negative). 'auto' is 'triton' on GPUs where that was measured, else 'native' where it
-            serves, else 'tiles'; in scripts 'offsets'. `explain_span_attention` tells which.
+            serves, else 'tiles'; 'offsets' in scripts and where forward-mode derivatives may be
+            taken. `explain_span_attention` tells which.
 
     Returns:
         [B, H, W, C] in qkv's dtype.
