@@ -13,18 +13,8 @@ it, choose the run folder; then epoch by epoch train, evaluate, save. Nothing is
 of it has proved possible.
 """
 
-import argparse
 import gc
-import json
-import logging
-import os
-import shlex
 import signal
-import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
-from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     # Importing PyTorch takes seconds: a signal waits until `StopSignals` takes it.
@@ -32,6 +22,17 @@ if __name__ == "__main__":
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     # What imports make stays: to look for garbage among it takes a tenth of their time.
     gc.disable()
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from timm.utils import unwrap_model, world_info_from_env
@@ -239,7 +240,7 @@ def enter_folder(
         _logger.info("run folder %s", folder)
         if state is not None and state["args"]["eval_metric"] == args.eval_metric:
             with writes.trying("best weights"):
-                saver.adopt(state["saver"], state_path.parent)
+                saver.adopt(state["saver"], state_path.parent, before=args.start_epoch)
         begin_writing(session, command)
     return session
 
@@ -259,10 +260,11 @@ def begin_writing(session: Session, command: Sequence[str]) -> None:
     run, folder, writes = session.run, session.folder, session.writes
     args, position = run.args, session.position
     environment = report.environment(run.processes, command)
-    writes.keep_trying(report.ARGS_NAME, lambda: report.write_args(folder, as_recipe(args)))
-    writes.keep_trying(
-        report.ENVIRONMENT_NAME, lambda: report.write_environment(folder, environment)
-    )
+    if position.epoch < run.last_epoch:  # else they stay those of what was trained
+        writes.keep_trying(report.ARGS_NAME, lambda: report.write_args(folder, as_recipe(args)))
+        writes.keep_trying(
+            report.ENVIRONMENT_NAME, lambda: report.write_environment(folder, environment)
+        )
     with writes.trying(report.NONFINITE_NAME):
         report.cut_nonfinite(folder, position.epoch, position.updates)
     session.trackers = report.Trackers(args, folder, as_yaml_dict(args), position.epoch)
@@ -329,7 +331,7 @@ def train(session: Session) -> None:
     except (Stopped, RunFailed):
         if session.saved is not None:
             _logger.warning(
-                "%s are saved: --resume %s goes on from there",
+                "saved after %s: --resume %s goes on from there",
                 session.saved, shlex.quote(str(session.folder)),
             )  # fmt: skip
         raise
@@ -360,7 +362,12 @@ def conclude(args: argparse.Namespace, saver: Saver, rows: list[dict[str, Any]])
             _logger.info("%s: %s", what, file)
     best_file = shlex.quote(str(saver.best_file()))
     _logger.info("to validate: %s --checkpoint %s", validate_command(), best_file)
-    bests = {_KIND_NAMES[kind]: best for kind, best in saver.best.items()}
+    # averages that were not evaluated are chosen by the model's metric, which is none of theirs
+    bests = {
+        _KIND_NAMES[kind]: {"epoch": best["epoch"], "metric": best["metric"]}
+        for kind, best in saver.best.items()
+        if best.get("measured", True)
+    }
     print(f"--result\n{json.dumps({'best': bests, 'last': rows[-1] if rows else {}})}")
 
 

@@ -14,6 +14,7 @@
 #   PROCESS_COUNTS  numbers of processes that --nproc takes; 1 2 4 8 if not set
 #   TEST_AFTER  not empty where recipes validate on a part of the training images: `train` scores what
 #               it has trained as `eval` does, on the test images
+#   DOWNLOADS   not empty where recipes fetch the data: the folder need not be there
 #   TABLE_NOTE  a line below the tables
 # and may define train_arguments ROW, which adds to the array `arguments` of train.py.
 
@@ -92,9 +93,9 @@ done
 weights_dir=${weights_dir:-${WEIGHTS:-${output:-$OUTPUT}}}
 if [[ -z $smoke ]]; then
   [[ -n $data_dir ]] || fail "--data-dir is needed (or --smoke)"
-  [[ -d $data_dir ]] || fail "--data-dir: there is no folder '$data_dir'"
+  [[ -d $data_dir || -n ${DOWNLOADS:-} ]] || fail "--data-dir: there is no folder '$data_dir'"
   [[ $mode == train || -d $weights_dir ]] || fail "--weights-dir: there is no folder '$weights_dir'"
-  data_dir=$(realpath -- "$data_dir")
+  data_dir=$(realpath -m -- "$data_dir")
 fi
 
 weights_dir=$(realpath -m -- "$weights_dir")

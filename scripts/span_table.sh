@@ -15,7 +15,7 @@ sa_resnet_medium_adaptive|learned|1.60M|0.166
 sa_resnet_large_cnn|3x3 convolution|3.09M|0.323
 sa_resnet_large_local|5x5|2.23M|0.220
 sa_resnet_large_adaptive|learned|2.26M|0.230'
-readonly RECIPES=configs/span PROCESSES=1 OUTPUT=output/span_table WEIGHTS='' TEST_AFTER=1
+readonly RECIPES=configs/span PROCESSES=1 OUTPUT=output/span_table WEIGHTS='' TEST_AFTER=1 DOWNLOADS=1
 # The batch of 50 is divided: each of two processes has 25 images, as in the released code.
 readonly PROCESS_COUNTS='1 2' DATA_HELP='CIFAR-100, downloaded into this folder if it is not there'
 readonly TABLE_NOTE="(ours alone: the paper's accuracies are not known to us)"

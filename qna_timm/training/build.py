@@ -103,6 +103,9 @@ def _create(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
         "pretrained_cfg_overlay": args.pretrained_cfg_overlay or None,
         **args.model_kwargs,
     }
+    file = (args.pretrained_cfg_overlay or {}).get("file")
+    if args.pretrained and file and not Path(file).is_file():
+        raise UsageError(f"--pretrained-cfg-overlay file={file}: there is no such file")
     try:
         resolved = resolve_model_input_args(args.model, vars(args), **kwargs)
         # a file goes before what is published, as in timm
@@ -116,6 +119,8 @@ def _create(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
                 hint += (
                     f", --backbone-checkpoint {args.model_kwargs['backbone']} from its backbone's"
                 )
+        if args.gp and "pool" in str(error) and args.gp in str(error):
+            raise UsageError(f"--gp {args.gp}: {args.model}: {error}") from error
         raise refused_model(args.model, args.model_kwargs, error, hint) from error
 
 
@@ -363,37 +368,6 @@ def input_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
         return resolve_input_data_config(model, vars(args))
     except (ValueError, AssertionError) as error:
         raise UsageError(f"--img-size, --input-size, --in-chans, --mean, --std: {error}") from error
-
-
-def check_forward(model: nn.Module, data_config: Mapping[str, Any], num_classes: int) -> None:
-    """See that the model takes an image of the run's size and gives a logit per class.
-
-    Args:
-        model: On any device, in any precision; its mode is kept.
-        data_config: Of which ``input_size`` is read.
-        num_classes: Logits expected.
-
-    Raises:
-        UsageError: It does not.
-    """
-    size = tuple(data_config["input_size"])
-    parameter = next(model.parameters())
-    was_training = model.training
-    try:
-        image = torch.zeros((1, *size), device=parameter.device, dtype=parameter.dtype)
-        with torch.no_grad():
-            output = model.eval()(image)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        shape = " x ".join(map(str, size))
-        raise UsageError(
-            f"--model, --img-size: the model cannot take {shape} images: {reason}"
-        ) from error
-    finally:
-        model.train(was_training)
-    logits = output[0] if isinstance(output, (tuple, list)) else output
-    if logits.shape != (1, num_classes):
-        raise UsageError(f"--model: gives {tuple(logits.shape[1:])} values, not {num_classes}")
 
 
 def _found_from_anywhere(path: str) -> str:

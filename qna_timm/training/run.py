@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 import qna_timm
 from qna_timm.training.build import (
     build_model,
-    check_forward,
     choose_classes,
     describe,
     input_config,
@@ -43,6 +42,7 @@ from qna_timm.training.processes.distributed import Processes
 from qna_timm.training.reporting import report
 from qna_timm.training.span_task import DEFAULT_PENALTY, SpanTask, has_spans
 from qna_timm.training.task import TrainTask, create_loss, create_mixup
+from qna_timm.training.trial import check_forward, check_single_images
 from qna_timm.training.tta import AveragedViews
 from qna_timm.training.updates import num_updates
 
@@ -121,6 +121,8 @@ def set_up(
     metadata = describe(args, model, data_config, class_names)
     model = prepare_model(model, args, processes)
     check_forward(with_views(model, args), data_config, metadata["num_classes"])
+    if args.batch_size == 1 and not (args.sync_bn and processes.distributed):
+        check_single_images(model, data_config)
     device, in_loader = processes.device, uses_prefetcher(args, processes.device)
     mixup = create_mixup(args, metadata["num_classes"], in_loader)
     train_loader = create_train_loader(
@@ -240,6 +242,14 @@ def _announce_arithmetic(run: Run, updates: int, lr_text: str) -> None:
             "--warmup-epochs %d: the run ends after %d epochs, before its learning rate is reached",
             args.warmup_epochs,
             run.epochs,
+        )
+    if args.cooldown_epochs and not hasattr(run.trainer.schedule, "get_cycle_length"):
+        _logger.warning("--cooldown-epochs: --sched %s has none", args.sched)
+    if args.grad_accum_steps > len(run.train_loader):
+        _logger.warning(
+            "--grad-accum-steps %d: an epoch has %d batches, so that an update is of fewer images",
+            args.grad_accum_steps,
+            len(run.train_loader),
         )
     if recipe := _paper_recipe(args):
         _logger.warning(

@@ -162,7 +162,12 @@ def _take_data(settings: argparse.Namespace, saved: Mapping[str, Any]) -> None:
         settings.given = {**settings.given, "split": settings.split}
     if "num_samples" not in settings.given:
         settings.num_samples = saved.get("val_num_samples")
-    what = " in ".join(filter(None, (settings.dataset, settings.data_dir)))
+    folder = settings.data_dir
+    if folder and not Path(folder).exists():
+        raise UsageError(
+            f"no data named, and the checkpoint's folder {folder} is gone: give --data-dir DIR"
+        )
+    what = " in ".join(filter(None, (settings.dataset, folder)))
     _logger.info("no data named: using the checkpoint's, %s, split %s", what, settings.split)
     if saved.get("val_fraction") and settings.split != HOLDOUT_SPLIT:
         _logger.info("its run was validated on --split %s instead", HOLDOUT_SPLIT)
@@ -288,15 +293,17 @@ def read_valid_labels(path: str, num_classes: int) -> Tensor:
     """Class numbers, one a line, of the part of the classes that counts.
 
     Raises:
-        UsageError: a line is no class number of the model.
+        UsageError: it cannot be read, is empty, or a line is no class number of the model.
     """
-    lines = Path(path).read_text(encoding="utf-8").split()
+    wanted = f"expected class numbers from 0 to {num_classes - 1}, one a line"
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise UsageError(f"--valid-labels {path}: {wanted}, found {reason}") from error
     bad = next((n for n in lines if not n.isdecimal() or int(n) >= num_classes), None)
     if bad is not None or not lines:
-        raise UsageError(
-            f"--valid-labels {path}: expected class numbers from 0 to {num_classes - 1}, "
-            f"one a line, found {bad!r}"
-        )
+        raise UsageError(f"--valid-labels {path}: {wanted}, found {bad or 'none'}")
     return torch.tensor([int(line) for line in lines])
 
 

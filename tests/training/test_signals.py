@@ -170,7 +170,7 @@ def test_signal_to_one_process(
         assert not folder.exists(), "nothing was to be saved"
     else:
         assert Position(**load_state(folder / STATE_NAME)["position"]) == position
-        assert f"{position} are saved: --resume a goes on from there" in text
+        assert f"saved after {position}: --resume a goes on from there" in text
         assert not [path for path in folder.iterdir() if path.name.endswith((".tmp", ".lock"))]
     to_the_end(train, argv, log, processes, prepare=without_drawing)
     assert differing(contents(folder), undisturbed(processes)) == []
@@ -216,7 +216,7 @@ def test_torchrun_passes_a_signal_on(
     assert "train.py: " not in text and "SIGKILL" not in text
     state = load_state(tmp_path / "a" / STATE_NAME)
     position = Position(**state["position"])
-    assert f"{position} are saved" in text and state["num_updates"] >= 2
+    assert f"saved after {position}" in text and state["num_updates"] >= 2
 
 
 def wait_for(condition: Callable[[], Any], log: Path, seconds: float = 60) -> None:

@@ -295,7 +295,7 @@ def test_signal_ends_the_run_at_the_next_update(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
     position = resume.Position(**load_state(state)["position"])
-    assert f"{position} are saved: --resume {state.parent}" in errors
+    assert f"saved after {position}: --resume {state.parent}" in errors
     assert errors.endswith("warning: stopped by SIGTERM\n")
     assert "Traceback" not in errors
     assert len(summary(state.parent)) == position.epoch

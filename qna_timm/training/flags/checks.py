@@ -145,6 +145,12 @@ def _check_input(args: Namespace, origins: Origins) -> None:
             f"{origins['input_size']}: has {args.input_size[0]} channels, "
             f"but --in-chans is {args.in_chans}"
         )
+    sizes = args.img_size and args.input_size and args.input_size[1:]
+    if sizes and sizes != [args.img_size] * 2:
+        raise UsageError(
+            f"{origins['input_size']}: {' x '.join(map(str, sizes))} pixels are not --img-size "
+            f"{args.img_size}; give one"
+        )
     channels = args.input_size[0] if args.input_size else args.in_chans or 3
     for key in ("mean", "std"):
         values = getattr(args, key)
@@ -173,6 +179,8 @@ def _check_mixing(args: Namespace, origins: Origins) -> None:
         raise UsageError(f"{origins['aug_splits']}: must be 0 or at least 2, found 1")
     if mixed and args.aug_splits:
         raise UsageError(f"{origins[mixed[0]]}: mixing does not go with --aug-splits")
+    if args.no_aug and args.aug_splits:
+        raise UsageError(f"{origins['aug_splits']}: splits of augmented images, but --no-aug")
     if args.split_bn and not args.aug_splits:
         raise UsageError(f"{origins['split_bn']}: needs --aug-splits of at least 2")
 
@@ -250,6 +258,8 @@ def _check_optimizer(args: Namespace, origins: Origins) -> None:
         for key in ("betas", "eps"):
             if key in settings and _works(lambda left_out=key: build(left_out)):
                 flag, value = origins[f"opt_{key}"], settings[key]
+                if "index out of range" in reason:  # a list of betas
+                    reason = f"it needs more than {len(value)}"
                 raise UsageError(f"{flag}: {args.opt} does not take {value}: {reason}") from None
         raise
 
@@ -263,16 +273,17 @@ def _check_schedule(args: Namespace, origins: Origins) -> None:
         )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     settings = scheduler_kwargs(args, decreasing_metric=args.eval_metric == "loss")
-    _attempt(
-        origins["sched"],
-        lambda: create_scheduler_v2(optimizer, **settings, updates_per_epoch=10),
-    )
+    lengths: list[int] = []  # with what the kind of schedule adds: prefix, cool-down, cycles
+
+    def build() -> None:
+        lengths.append(create_scheduler_v2(optimizer, **settings, updates_per_epoch=10)[1])
+
+    _attempt(origins["sched"], build)
     for key in ("start_epoch", "stop_epoch", "save_epochs"):
         value = getattr(args, key)
         last = max(value) if isinstance(value, list) else value
-        length = args.epochs + args.cooldown_epochs + args.warmup_prefix * args.warmup_epochs
-        if last is not None and args.lr_cycle_limit == 1 and last > length:
-            raise UsageError(f"{origins[key]}: {last} is beyond the run's {length} epochs")
+        if last is not None and last > lengths[0]:
+            raise UsageError(f"{origins[key]}: {last} is beyond the run's {lengths[0]} epochs")
 
 
 # What timm reads in an augmentation policy after its name; without a value it passes a part over.

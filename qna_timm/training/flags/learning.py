@@ -162,7 +162,7 @@ SCHEDULE_FLAGS = (
 )
 
 AUGMENTATION_FLAGS = (
-    Flag("--no-aug", bool, False, "No augmentation at all, whatever else is given."),
+    Flag("--no-aug", bool, False, "No augmentation of images, whatever else is given, but mixing."),
     Flag(
         "--train-crop-mode",
         str,

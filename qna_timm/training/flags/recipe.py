@@ -36,6 +36,8 @@ _TIED = {
     "sched": ("sched_on_updates",),
     "train_crop_mode": ("scale", "ratio"),
 }
+# Two ways to say one thing: that of a later layer replaces the other of an earlier one.
+_SAME = {"img_size": "input_size", "input_size": "img_size"}
 # Given on the command line they are meant for one session, not for those that resume it.
 _OF_SESSION = ("start_epoch", "stop_epoch", "no_resume_opt", "resume_anyway")
 
@@ -132,6 +134,8 @@ def _merge(
     origins = {key: flag.long for key, flag in flags.items()}
     for label, values in layers:
         for key, value in values.items():
+            if value and key in _SAME and not values.get(_SAME[key]):
+                setattr(args, _SAME[key], None)
             setattr(args, key, value)
             origins[key] = f"{label}: key '{key}'" if label else flags[key].long
     return args, origins

@@ -170,7 +170,7 @@ _DEVICE = (
 _RUN = (
     Flag("--output", str, "./output/train", "Folder of run folders."),
     Flag("--experiment", str, "", "Name of the run folder; date, model and size when not given."),
-    Flag("--seed", int, 42, "Seed of all randomness.", rule=NOT_NEGATIVE),
+    Flag("--seed", int, 42, "Seed of all randomness.", rule=NUMPY_SEED),
     Flag("--worker-seeding", str, "all", "What loader workers seed.", choices=("all", "part")),
     Flag(
         "-j --workers",

@@ -130,7 +130,7 @@ _DEVICE = (
     Flag("--amp-dtype", str, "float16", "Low precision of --amp.", choices=DTYPES[1:]),
     Flag("--model-dtype", str, None, "Precision of the weights, without --amp.", choices=DTYPES),
     Flag("--retry", bool, False, "Try again with smaller batches when memory runs out."),
-    Flag("--seed", int, 42, "Seed of all randomness.", rule=NOT_NEGATIVE),
+    Flag("--seed", int, 42, "Seed of all randomness.", rule=NUMPY_SEED),
 )
 
 _RESULTS = (

@@ -41,6 +41,8 @@ STATE_SUFFIX = ".state.safetensors"
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
 # Where a folder's weights are looked for, first match first; the last two are hub exports.
 FOLDER_FILES = ("best.safetensors", "last.safetensors", "model.safetensors", "pytorch_model.bin")
+# In the names of timm's `SplitBatchNorm2d`.
+_OF_SPLIT_NORM = ".aux_bn."
 
 
 def ema_path(path: Path) -> Path:
@@ -268,6 +270,9 @@ def check_weights(
 def save_weights(path: Path, model: nn.Module, metadata: Mapping[str, Any]) -> None:
     """Write a model's weights with timm's names, wrappers (DDP, compile, EMA) left out.
 
+    Left out as well are the batch norms that ``--split-bn`` has for augmented images alone: what is
+    evaluated and loaded elsewhere is the model that timm creates.
+
     Args:
         path: Ends in ``.safetensors``.
         model: The model, wrapped or not.
@@ -278,4 +283,6 @@ def save_weights(path: Path, model: nn.Module, metadata: Mapping[str, Any]) -> N
         update = metadata.get("update")
         done = "" if update is None else f", update {update}"
         header[STEP_KEY] = f"epoch {metadata['epoch'] + 1}{done}"
-    save_tensors(path, unwrap_model(model).state_dict(), header)
+    weights = unwrap_model(model).state_dict()
+    own = {name: tensor for name, tensor in weights.items() if _OF_SPLIT_NORM not in name}
+    save_tensors(path, own, header)

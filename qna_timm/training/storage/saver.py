@@ -64,14 +64,18 @@ class Saver:
         """What a resumed run has to know."""
         return {"best": self.best, "kept": self.kept}
 
-    def adopt(self, state: Mapping[str, Any], folder: Path) -> None:
+    def adopt(self, state: Mapping[str, Any], folder: Path, before: int | None = None) -> None:
         """Take over what `state_dict` said, as far as the files are there.
 
         Args:
             state: From the run that is resumed.
             folder: Its folder; if it is not ours, its best weights are copied into ours.
+            before: Epoch, from 0, that the run starts anew from: what was best from there on is so
+                no longer. Files stay until others take their place.
         """
         for kind, best in state["best"].items():
+            if before is not None and best["epoch"] >= before:
+                continue
             own, other = self._file("best", kind), folder / self._file("best", kind).name
             if not own.is_file() and other.is_file():
                 with replacing(own) as temporary:
@@ -82,6 +86,7 @@ class Saver:
             entry
             for entry in state["kept"]
             if self._file(f"checkpoint-{entry['epoch']}", "").is_file()
+            and (before is None or entry["epoch"] < before)
         ]
 
     def save(
@@ -125,11 +130,12 @@ class Saver:
     ) -> None:
         for kind, module in kinds.items():
             # Averages kept on the CPU are not evaluated and follow the model's metric.
-            metric = metrics.get(self.metric_name + kind, metrics.get(self.metric_name))
+            own = metrics.get(self.metric_name + kind)
+            metric = metrics.get(self.metric_name) if own is None else own
             about = {
                 "epoch": epoch,
                 "update": update,
-                "metric": metric,
+                "metric": own,
                 "metric_name": self.metric_name,
                 "ema": kind == EMA,
             }
@@ -137,7 +143,7 @@ class Saver:
             best = self.best.get(kind)
             if is_better(metric, best and best["metric"], self.minimise):
                 self._copy_last("best", kind)
-                self.best[kind] = {"epoch": epoch, "metric": metric}
+                self.best[kind] = {"epoch": epoch, "metric": metric, "measured": own is not None}
             if epoch + 1 in self.milestones:
                 self._copy_last(f"milestone-{epoch + 1}", kind)
         self._keep_best(epoch, list(kinds), metrics.get(self.metric_name))
@@ -176,8 +182,10 @@ class Saver:
             except UsageError:
                 continue  # There is none, or the disk does not even read.
             # The failure may have come after the rename.
-            if found.get("epoch") == epoch and found.get("metric") is not None:
-                self.best[kind] = {"epoch": epoch, "metric": found["metric"]}
+            own = found.get("metric")
+            if found.get("epoch") == epoch and (own is not None or metric is not None):
+                best = {"metric": metric if own is None else own, "measured": own is not None}
+                self.best[kind] = {"epoch": epoch, **best}
         if not self._file(f"checkpoint-{epoch}", "").is_file():
             with suppress(OSError):  # what had no room may not leave the half of itself
                 self._file(f"checkpoint-{epoch}", EMA).unlink(missing_ok=True)
