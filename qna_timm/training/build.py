@@ -119,7 +119,7 @@ def _create(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
                 hint += (
                     f", --backbone-checkpoint {args.model_kwargs['backbone']} from its backbone's"
                 )
-        if args.gp and "pool" in str(error) and args.gp in str(error):
+        if args.gp and "pool" in str(error):
             raise UsageError(f"--gp {args.gp}: {args.model}: {error}") from error
         raise refused_model(args.model, args.model_kwargs, error, hint) from error
 

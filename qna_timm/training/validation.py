@@ -303,7 +303,7 @@ def read_valid_labels(path: str, num_classes: int) -> Tensor:
         raise UsageError(f"--valid-labels {path}: {wanted}, found {reason}") from error
     bad = next((n for n in lines if not n.isdecimal() or int(n) >= num_classes), None)
     if bad is not None or not lines:
-        raise UsageError(f"--valid-labels {path}: {wanted}, found {bad or 'none'}")
+        raise UsageError(f"--valid-labels {path}: {wanted}, found {repr(bad) if bad else 'none'}")
     return torch.tensor([int(line) for line in lines])
 
 

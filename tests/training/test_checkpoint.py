@@ -1,6 +1,7 @@
 """Checkpoint files: what they hold, who can read them, and what is said of damaged ones."""
 
 import argparse
+import copy
 import json
 import pickle
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from timm.layers import convert_splitbn_model
 from timm.models import load_checkpoint
 from torch import nn
 
@@ -332,6 +334,54 @@ def test_saver_keeps_what_it_says(tmp_path: Path) -> None:
         assert same_weights(model, make(1)), "a worse epoch after a resume must not be the best"
     assert not (tmp_path / "checkpoint-5.safetensors").exists()
     assert (tmp_path / "new" / "checkpoint-5.safetensors").exists()
+
+
+def test_averages_that_are_not_evaluated_have_no_metric(tmp_path: Path) -> None:
+    """They follow the model's, which is said to be none of theirs."""
+    saver = Saver(tmp_path, METADATA, metric_name="top1", keep=1)
+    for epoch, score in enumerate([50.0, 70.0, 60.0]):
+        saver.save(epoch, make(epoch), make(100 + epoch), {"top1": score})
+    found = read_metadata(tmp_path / "best_ema.safetensors")
+    assert (found["epoch"], found["metric"]) == (1, None)
+    assert read_metadata(tmp_path / "best.safetensors")["metric"] == 70
+    assert [saver.best[kind]["measured"] for kind in ("", "_ema")] == [True, False]
+    assert saver.best_kind() == ""
+
+
+@pytest.mark.parametrize(("model", "average", "kind"), [(70, 60, ""), (60, 70, "_ema"), (7, 7, "")])
+def test_the_better_kind_is_told(tmp_path: Path, model: float, average: float, kind: str) -> None:
+    saver = Saver(tmp_path, METADATA, metric_name="top1", keep=1)
+    saver.save(0, make(0), make(1), {"top1": float(model), "top1_ema": float(average)})
+    assert saver.best_kind() == kind
+
+
+def test_epochs_that_are_trained_anew_are_not_the_best(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, METADATA, metric_name="top1", keep=2)
+    for epoch, score in enumerate([50.0, 90.0, 80.0]):
+        saver.save(epoch, make(epoch), None, {"top1": score})
+    state = json.loads(json.dumps(saver.state_dict()))
+    again = Saver(tmp_path, METADATA, metric_name="top1", keep=2)
+    again.adopt(state, tmp_path, before=1)
+    again.save(1, make(10), None, {"top1": 60.0})
+    assert again.best[""]["epoch"] == 1
+    assert read_metadata(tmp_path / "best.safetensors")["metric"] == 60
+    assert [entry["epoch"] for entry in again.kept] == [1]
+
+
+def test_of_equal_epochs_the_earlier_is_kept(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, METADATA, metric_name="top1", keep=1)
+    for epoch in range(2):
+        saver.save(epoch, make(epoch), None, {"top1": 50.0})
+    assert [entry["epoch"] for entry in saver.kept] == [0] and saver.best[""]["epoch"] == 0
+
+
+def test_norms_of_splits_stay_out_of_weights(tmp_path: Path) -> None:
+    """timm's model has none, whose batch norm is that of the clean split."""
+    model = timm.create_model("test_resnet", num_classes=10)
+    split = convert_splitbn_model(copy.deepcopy(model), 2)
+    save_weights(tmp_path / "x.safetensors", split, {"arch": "test_resnet"})
+    load_weights(model, tmp_path / "x.safetensors")
+    torch.testing.assert_close(model.bn1.weight, split.bn1.weight)
 
 
 def test_saver_minimises_the_loss(tmp_path: Path) -> None:

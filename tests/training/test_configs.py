@@ -131,6 +131,7 @@ def test_finetune_recipe_is_the_released_one(tmp_path):
     args = recipe_args(FINETUNE, tmp_path)
     assert args.model == "qna_vit_base" and args.model_kwargs == {"img_size": 384}
     assert (args.img_size, args.crop_pct, args.weight_decay) == (384, 0.923, 1e-8)
+    assert args.drop_path == 0.5
     lr, _ = learning_rate(args, 1024)
     assert lr == pytest.approx(4e-5)
     rates, epochs = schedule_rates(args, updates=3, processes=8)
@@ -146,6 +147,17 @@ def check_augmentation(args):
     assert args.scale == [0.08, 1.0] and args.ratio == pytest.approx([3 / 4, 4 / 3])
     assert args.train_interpolation == "bicubic" and not args.model_ema
     assert args.amp and args.amp_dtype == "float16"
+    assert (args.opt, args.opt_kwargs) == ("adamw", {"filter_bias_and_bn": False})
+    assert (args.color_jitter, args.aug_repeats, args.drop) == (0, 0, 0)
+    assert (args.mixup_mode, args.mixup_off_epoch) == ("batch", 0)
+    check_all(args)
+
+
+def check_all(args):
+    """What all recipes on ImageNet have in common."""
+    assert (args.mean, args.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert (args.eval_metric, args.clip_grad, args.smoothing) == ("top1", None, 0.1)
+    assert (args.train_split, args.val_split) == ("train", "validation")
 
 
 def schedule_rates(args, updates, processes):
@@ -175,9 +187,10 @@ def test_schedule_is_the_papers(name, tmp_path):
     torch.testing.assert_close(torch.tensor(rates, dtype=torch.float64), expected)
 
 
-def test_all_but_tables_and_query_weights_decay(tmp_path):
-    args = recipe_args("qna_vit_tiny", tmp_path)
-    model = timm.create_model("qna_vit_tiny", num_classes=3)
+@pytest.mark.parametrize("name", ["qna_vit_tiny", "qna_vit_small", "qna_vit_base"])
+def test_all_but_tables_and_query_weights_decay(name, tmp_path):
+    args = recipe_args(name, tmp_path)
+    model = timm.create_model(name, num_classes=3, device="meta")
     optimizer = create_optimizer(args, model, 1e-3)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups
              for p in group["params"]}  # fmt: skip
@@ -205,6 +218,32 @@ def test_recipe_does_what_the_released_command_does(name, tmp_path):
     crop = 0.9 if "cswin" in name else 0.875
     assert (args.img_size, args.crop_pct, args.interpolation) == (224, crop, "bicubic")
     assert args.amp_dtype == "float16"
+    assert (args.color_jitter, args.opt_kwargs) == (0.4, {})
+    check_all(args)
+
+
+# Derived: those of the authors' next heads on ResNet50, and DeiT's.
+DERIVED = {
+    "ga_resnet50": ("lamb", 0.02, 0.1, "rand-m20-mstd0.5-inc1", 0.1, "bce", 0.95, 1e-6),
+    "ga_vit_small": ("adamw", 0.05, 0.1, "rand-m9-mstd0.5-inc1", 0.8, "ce", 0.9, 1e-8),
+    "ga_vit_medium": ("adamw", 0.05, 0.1, "rand-m9-mstd0.5-inc1", 0.8, "ce", 0.9, 1e-8),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_derived_recipe_is_as_its_head_says(name, tmp_path):
+    args = recipe_args(name, tmp_path)
+    keys = "opt", "weight_decay", "drop_path", "aa", "mixup", "loss", "crop_pct", "opt_eps"
+    assert tuple(getattr(args, key) for key in keys) == DERIVED[name]
+    assert (args.cutmix, args.reprob, args.aug_repeats, args.color_jitter) == (1, 0.25, 3, 0.4)
+    assert (args.bce_target_thresh, args.opt_kwargs, args.drop) == (None, {}, 0)
+    check_all(args)
+
+
+@pytest.mark.parametrize("path", [*sorted(ROOT.glob("configs/*/digits.yaml")), QUICKSTART])
+def test_digits_are_not_mirrored(path):
+    args = parse_train_args(["--config", str(path)])
+    assert (args.hflip, args.vflip, args.dataset) == (0, 0, "sklearn/digits")
 
 
 @pytest.mark.parametrize("name", GRAMIAN)

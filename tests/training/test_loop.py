@@ -163,6 +163,43 @@ def test_clipping(mode: str, bound: float | None) -> None:
         assert (moved[0] <= 1e-3 * rows.norm() * 1.01) and moved[2] > 1e-2, "the head is exempt"
 
 
+@pytest.mark.parametrize("precision", [[], ["--amp"]])
+def test_clipped_gradients_move_as_far_as_they_may(precision: list[str]) -> None:
+    """Those of scaled losses too: it is not the scaled gradient that is clipped."""
+    model = linear()
+    before = model.weight.detach().clone()
+    trainer, _ = trainer_for(model, "--clip-grad", "1e-2", "--lr", "1", *precision)
+    trainer.train_epoch(batches(1), 0, "train")
+    assert 9e-3 < (model.weight - before).norm() <= 1.01e-2
+
+
+def test_mixing_ends_with_its_last_epoch() -> None:
+    trainer, _ = trainer_for(linear(), "--mixup-off-epoch", "1")
+    loader = type("Loader", (), {"mixup_enabled": None})()
+    found = []
+    for epoch in range(3):
+        trainer._set_mixing(loader, epoch)
+        found.append(loader.mixup_enabled)
+    assert found == [True, False, False]
+
+
+def test_averages_know_their_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm-up of the decay goes by the number of updates."""
+    trainer, _ = trainer_for(linear(), "--model-ema")
+    trainer.task.setup_ema(decay=0.9, use_warmup=True)
+    seen: list[int] = []
+    monkeypatch.setattr(trainer.task, "update_ema", lambda step: seen.append(step))
+    trainer.train_epoch(batches(3), 0, "train")
+    assert seen == [1, 2, 3]
+
+
+def test_skipped_updates_in_a_row_are_counted_anew() -> None:
+    trainer, _ = trainer_for(linear())
+    trainer.skipped_in_a_row = 3
+    trainer.train_epoch(batches(1), 0, "train")
+    assert trainer.skipped_in_a_row == 0
+
+
 def test_labels_beyond_the_model_are_told() -> None:
     """In data that does not name its classes they are seen only when they come."""
     data = [(torch.zeros(4, 5), torch.tensor([0, 1, 2, 3]))]

@@ -11,7 +11,12 @@ import yaml
 from qna_timm.training.errors import UsageError, closest, closest_path, run_cli
 from qna_timm.training.flags import checks
 from qna_timm.training.flags.intervals import Interval, parse_duration, parse_interval
-from qna_timm.training.flags.recipe import as_yaml_dict, parse_train_args, parse_validate_args
+from qna_timm.training.flags.recipe import (
+    as_recipe,
+    as_yaml_dict,
+    parse_train_args,
+    parse_validate_args,
+)
 from qna_timm.training.names import expand_model_names
 
 DATA = Path(__file__).parents[1] / "data"
@@ -62,6 +67,29 @@ def test_precedence_and_given(tmp_path):
         "model": "test_resnet",
         "config": str(recipe),
     }
+
+
+def test_the_last_word_on_the_size(tmp_path):
+    """Of two ways to give it the one that ranks higher, a recipe's or the quickstart's aside."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("img_size: 224\n")
+    data = ["--data-dir", str(tmp_path)]
+    args = parse_train_args(["-c", str(recipe), *data, "--input-size", "3", "96", "64"])
+    assert (args.img_size, args.input_size) == (None, [3, 96, 64])
+    recipe.write_text("input_size: [3, 96, 64]\n")
+    args = parse_train_args(["-c", str(recipe), *data, "--img-size", "32"])
+    assert (args.img_size, args.input_size) == (32, None)
+    recipe.write_text("img_size: 64\ninput_size: [3, 64, 64]\n")
+    args = parse_train_args(["-c", str(recipe), *data])
+    assert (args.img_size, args.input_size) == (64, [3, 64, 64])
+
+
+def test_one_session_is_not_the_next(tmp_path):
+    """What was asked of one start is not asked of those that resume the run."""
+    words = ["--resume-anyway", "--start-epoch", "2", "--stop-epoch", "3", "--no-resume-opt"]
+    saved = as_recipe(parse_train_args(["--dataset", "sklearn/digits", *words]))
+    of_one = ("resume_anyway", "start_epoch", "stop_epoch", "no_resume_opt")
+    assert not any(saved.get(key) for key in of_one)
 
 
 def test_another_choice_drops_what_the_quickstart_ties_to_its_own():
@@ -210,7 +238,11 @@ BAD_TRAIN = [
     (["--opt", "adamw", "--opt-kwargs", "foo=1"], ["--opt-kwargs", "foo"]),
     (["--opt-kwargs", "lr=5"], ["--opt-kwargs", "'lr' is for --lr to say"]),
     (["--opt-eps", "1e-7", "--opt-kwargs", "eps=1"], ["--opt-kwargs", "'eps' is for --opt-eps"]),
-    (["--opt", "adamw", "--opt-betas", ".9"], ["--opt-betas", "adamw does not take [0.9]"]),
+    (["--opt", "adamw", "--opt-betas", ".9"], ["--opt-betas", "take [0.9]: it needs more than 1"]),
+    (["--seed", "4294967296"], ["--seed", "between 0 and 4294967295", "4294967296"]),
+    (["--img-size", "32", "--input-size", "3", "40", "24"], ["40 x 24 pixels", "--img-size 32"]),
+    (["--no-aug", "--aug-splits", "2"], ["--aug-splits", "--no-aug"]),
+    (["--sched", "step", "--cooldown-epochs", "5", "--stop-epoch", "301"], ["the run's 300"]),
     (["--opt", "adamw", "--opt-betas", ".9", "1"], ["--opt-betas", "adamw", "[0.9, 1.0]"]),
     (["--clip-grad", "0"], ["--clip-grad", "positive", "0"]),
     (["--sched", "cosin"], ["--sched", "'cosin'", "'cosine'"]),

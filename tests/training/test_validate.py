@@ -158,7 +158,7 @@ def test_folder_of_checkpoints_best_first(
     shuffled = make_model()
     with torch.no_grad():
         shuffled.head.bias[3] += 100  # always answers three
-    save_weights(run_folder.parent / "three.safetensors", shuffled, METADATA)
+    save_weights(run_folder.parent / "a-three.safetensors", shuffled, METADATA)
     file = tmp_path / "rows.csv"
     code = script.main([*COMMON, "--checkpoint", str(tmp_path), "--results-file", str(file)])
     output = capsys.readouterr()
@@ -167,7 +167,7 @@ def test_folder_of_checkpoints_best_first(
     assert "broken.pth" in output.err
     assert len(rows) == len(list(csv.DictReader(file.open()))) == 2
     assert rows[0]["top1"] >= rows[1]["top1"]
-    three = next(row for row in rows if row["weights"].endswith("three.safetensors"))
+    three = next(row for row in rows if row["weights"].endswith("a-three.safetensors"))
     assert three["top1"] == pytest.approx(100 * 37 / 359, abs=1e-3)  # the threes among the digits
 
 
@@ -234,7 +234,7 @@ def test_other_size_and_test_time_pooling(
     assert result(capsys)["img_size"] == 64
     resnet = timm.create_model("test_resnet", num_classes=10)
     save_weights(tmp_path / "r.safetensors", resnet, {**METADATA, "arch": "test_resnet",
-                 "model_kwargs": {}})  # fmt: skip
+                 "model_kwargs": {}, "crop_pct": 0.9})  # fmt: skip
     flags = ["--checkpoint", str(tmp_path / "r.safetensors"), "--num-samples", "8"]
     script.main([*COMMON, *flags, "--img-size", "192", "--test-pool"])
     assert result(capsys)["crop_pct"] == 1.0
@@ -366,6 +366,13 @@ class TestMistakes:
         line = self.fails(script, *weights, "--valid-labels", str(tmp_path / "labels.txt"))
         assert "0 to 9" in line
         assert "'99'" in line
+        (tmp_path / "labels.txt").write_text("")
+        assert "found none" in self.fails(
+            script, *weights, "--valid-labels", str(tmp_path / "labels.txt")
+        )
+        (tmp_path / "labels.txt").write_bytes(b"\xff\xfe")
+        line = self.fails(script, *weights, "--valid-labels", str(tmp_path / "labels.txt"))
+        assert "found no text" in line
         line = self.fails(script, "--checkpoint", str(tmp_path / "empty"))
         assert "no checkpoint and no run folder" in line
         line = self.fails(script, *weights, "--model", "test_vit,test_resnet")
