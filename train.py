@@ -240,7 +240,7 @@ def enter_folder(
         _logger.info("run folder %s", folder)
         if state is not None and state["args"]["eval_metric"] == args.eval_metric:
             with writes.trying("best weights"):
-                saver.adopt(state["saver"], state_path.parent, before=args.start_epoch)
+                saver.adopt(state["saver"], state_path.parent, before=session.position.epoch)
         begin_writing(session, command)
     return session
 

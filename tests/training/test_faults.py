@@ -170,6 +170,15 @@ def test_bad_updates_in_a_row_end_the_run(policy: str, train: ModuleType) -> Non
     assert all(tensor.isfinite().all() for tensor in tensors_in(load_state(FOLDER / STATE_NAME)))
 
 
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+def test_bad_updates_now_and_then_do_not_end_the_run(policy: str, train: ModuleType) -> None:
+    argv = flags("--on-nonfinite", policy, "--max-steps", "24", "-b", "16", "--epochs", "1")
+    bad = poison(*((0, update) for update in range(1, 24, 2)))
+    argv += ["--checkpoint-interval", "1"]
+    assert Run(train, argv, LOG, 1, bad.install).wait(60) == [0], LOG.read_text()
+    assert len(nonfinite()) == 12
+
+
 def test_count_of_bad_updates_survives_a_kill(train: ModuleType) -> None:
     argv = flags("--on-nonfinite", "skip", "--max-steps", "20", "-b", "16")
     bad = poison(*((0, update) for update in range(3, 20)))

@@ -1,5 +1,6 @@
 """Runs that go on: what they share with straight ones, what may change, what is refused."""
 
+import json
 import random
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from short_runs import differences, digits, summary
+from timm.scheduler import PlateauLRScheduler
 
 from qna_timm.training import loop, resume
 from qna_timm.training.errors import UsageError
@@ -138,9 +140,78 @@ def test_resume_auto_of_nothing_starts_afresh(
     argv = digits(tmp_path, "--experiment", "a", "--resume", "auto", "--epochs", "1")
     assert train.main(argv) == 0
     assert "starting afresh" in capsys.readouterr().err
-    text = (tmp_path / "a" / "summary.csv").read_text()
-    assert train.main(argv) == 0, "a complete run is left as it is"
-    assert (tmp_path / "a" / "summary.csv").read_text() == text
+    files = [tmp_path / "a" / name for name in ("summary.csv", "args.yaml", "environment.json")]
+    texts = [file.read_text() for file in files]
+    assert train.main([*argv, "--lr", "7e-4"]) == 0, "a complete run is left as it is"
+    assert [file.read_text() for file in files] == texts
+
+
+def test_run_that_starts_at_an_epoch_of_choice(
+    train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At that epoch's learning rate; what was best from there on is forgotten."""
+    argv = digits(tmp_path, "--epochs", "3", "--warmup-epochs", "0", "--experiment", "a")
+    train.main([*argv, "--start-epoch", "1"])
+    rows = summary(tmp_path / "a")
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    # of three epochs of a cosine one is done
+    assert float(rows[0]["lr"]) == pytest.approx(7.5e-4)
+    capsys.readouterr()
+    train.main([*argv, "--resume", "auto", "--start-epoch", "1"])  # the same command: nothing left
+    assert summary(tmp_path / "a") == rows
+    best = json.loads(capsys.readouterr().out.split("--result\n")[1])["best"]["model"]
+    assert best["metric"] == max(float(row["eval_top1"]) for row in rows)
+    train.main([*argv, "--resume", "auto", "--start-epoch", "0", "--lr", "1e-5"])
+    rows = summary(tmp_path / "a")
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    result = json.loads(capsys.readouterr().out.split("--result\n")[1])
+    best = result["best"]["model"]
+    found = {int(row["epoch"]): float(row["eval_top1"]) for row in rows}
+    assert best["metric"] == pytest.approx(found[best["epoch"]])
+    assert read_metadata(tmp_path / "a" / "best.safetensors")["epoch"] == best["epoch"]
+
+
+def test_averages_switched_on_at_a_resume_start_at_the_weights(
+    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = digits(tmp_path, "--experiment", "a", "--resume", "auto")
+    train.main([*argv, "--stop-epoch", "1"])
+    found = []
+    restore = resume.restore
+
+    def noted(trainer: loop.Trainer, *args: Any, **kwargs: Any) -> resume.Position:
+        position = restore(trainer, *args, **kwargs)
+        ema = trainer.task.get_trainable_module(ema=True).module
+        found.append(
+            differences(ema.state_dict(), trainer.task.get_trainable_module().state_dict())
+        )
+        return position
+
+    monkeypatch.setattr(resume, "restore", noted)
+    train.main([*argv, "--model-ema", "--resume-anyway", "--stop-epoch", "1"])
+    assert found == [[]]
+
+
+# timm's own warnings about itself and about what it calls
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler")
+def test_plateau_goes_by_the_metric_that_is_asked_for(
+    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its counts are saved."""
+    given = []
+    step = PlateauLRScheduler.step
+
+    def noted(schedule: PlateauLRScheduler, epoch: int, metric: float | None = None) -> None:
+        given.append(metric)
+        step(schedule, epoch, metric)
+        schedule.lr_scheduler.cooldown_counter = 2
+
+    monkeypatch.setattr(PlateauLRScheduler, "step", noted)
+    argv = digits(tmp_path, "--experiment", "a", "--warmup-epochs", "0", "--sched", "plateau")
+    train.main([*argv, "--eval-metric", "loss", "--epochs", "1"])
+    assert given == [pytest.approx(float(summary(tmp_path / "a")[0]["eval_loss"]))]
+    state = load_state(tmp_path / "a" / "last.state.safetensors")
+    assert state["plateau"]["cooldown_counter"] == 2
 
 
 def test_state_of_another_model_or_optimizer(train: ModuleType, tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ class Saver:
         Args:
             state: From the run that is resumed.
             folder: Its folder; if it is not ours, its best weights are copied into ours.
-            before: Epoch, from 0, that the run starts anew from: what was best from there on is so
-                no longer. Files stay until others take their place.
+            before: Epoch, from 0, that the run goes on in: what was best from there on is so no
+                longer. Files stay until others take their place.
         """
         for kind, best in state["best"].items():
             if before is not None and best["epoch"] >= before:
