@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import qna_timm
 from qna_timm.convert.qna import _attention_layer, _qna_vit_name, _to_layout
+from qna_timm.layers import LearnedQueryAttention
 from qna_timm.models.qna_vit import QnAViT, checkpoint_filter_fn
 
 NAMES = ("qna_vit_tiny", "qna_vit_tiny_7x7", "qna_vit_small", "qna_vit_base")
@@ -446,6 +447,29 @@ def test_names_of_wrapped_models() -> None:
     state = {f"module._orig_mod.{name}": x for name, x in model.state_dict().items()}
     converted = checkpoint_filter_fn({"state_dict": state}, model)
     assert converted.keys() == model.state_dict().keys()
+
+
+def test_queries_of_blocks_and_pool() -> None:
+    """Normalised or not, stage by stage; in the pool as in the last stage."""
+    model = small_model(
+        normalize_query=(True, False, True, False), normalize_stop_grad=True, head_type="qna_v1"
+    )
+    found = {
+        name: layer.normalize_query
+        for name, layer in model.named_modules()
+        if isinstance(layer, LearnedQueryAttention)
+    }
+    assert {name.split(".")[1] for name in found if name.startswith("stages")} == set("0123")
+    for name, normalized in found.items():
+        stage = name.split(".")[1] if name.startswith("stages") else "3"
+        # a strided block belongs to the stage before it
+        before = int(stage) - ("downsample" in name)
+        assert normalized == (before % 2 == 0), name
+    assert all(
+        layer.normalize_stop_grad
+        for layer in model.modules()
+        if isinstance(layer, LearnedQueryAttention)
+    )
 
 
 def test_features_of_three_stages() -> None:

@@ -13,7 +13,7 @@ from timm.data import FastCollateMixup
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from qna_timm.training.data import datasets, image_loader, loaders
+from qna_timm.training.data import datasets, image_loader, loaders, sampling
 from qna_timm.training.data.image_loader import ImageLoader
 from qna_timm.training.data.shards import plan_shards
 from qna_timm.training.errors import UsageError
@@ -50,6 +50,19 @@ def loader(*argv: str, mixes: bool = False, **kwargs: object) -> ImageLoader:
         num_aug_splits=args.aug_splits,
         **kwargs,
     )
+
+
+def test_every_draw_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of mixing are not those of a sample."""
+    seeds: list[int] = []
+    seed = sampling.seed_generators
+    monkeypatch.setattr(
+        sampling, "seed_generators", lambda value, *rest: (seeds.append(value), seed(value, *rest))
+    )
+    of = loader(mixes=True)
+    of.set_epoch(0)
+    list(of)
+    assert len(seeds) == len(set(seeds)) == IMAGES + IMAGES // BATCH
 
 
 def batches(of: ImageLoader, epoch: int, start: int = 0) -> list[Tensor]:

@@ -21,6 +21,7 @@ from torch import nn
 from qna_timm.training import measure, validation
 from qna_timm.training.data.digits import CLASS_NAMES, Digits
 from qna_timm.training.errors import UsageError
+from qna_timm.training.flags.recipe import parse_validate_args
 from qna_timm.training.kernels import choose_kernels
 from qna_timm.training.storage.checkpoint import save_weights
 
@@ -111,13 +112,76 @@ def test_a_run_folder_alone_is_enough(
     assert found["top5"] == pytest.approx(100 * right.any(1).double().mean().item(), abs=1e-3)
     loss = nn.functional.cross_entropy(scores, labels).item()
     assert found["loss"] == pytest.approx(loss, rel=1e-4)
-    assert found["top1_err"] == pytest.approx(100 - found["top1"])
+    for name in ("top1", "top5"):
+        assert found[f"{name}_err"] == pytest.approx(100 - found[name])
     assert found["images"] == 359
     assert found["img_size"] == 32
     parameters = sum(p.numel() for p in make_model().parameters())
     assert found["param_count"] == round(parameters / 1e6, 2)
     assert found["img_per_s"] > 0
     assert found["weights"] == str(run_folder / "best.safetensors")
+
+
+def test_what_a_checkpoint_says_of_images(run_folder: Path, model: nn.Module) -> None:
+    """Everything that was not said on the command line."""
+    said = {"interpolation": "nearest", "crop_mode": "border", "crop_pct": 0.8}
+    data = {**METADATA["dataset"], "input_img_mode": "L", "val_num_samples": 20}
+    metadata = {**METADATA, "data_config": {**DATA_CONFIG, **said}, "dataset": data}
+    save_weights(run_folder / "best.safetensors", model, metadata)
+    args = parse_validate_args(["--checkpoint", str(run_folder), "--device", "cpu"])
+    settings, found = validation.settings_for(args, *validation.list_candidates(args))
+    assert (settings.num_samples, settings.input_img_mode) == (20, "L")
+    config = validation.data_config_for(settings, model, found)
+    assert {key: config[key] for key in said} == said
+    given = ["--interpolation", "bilinear", "--crop-pct", "0.5", "--num-samples", "5"]
+    args = parse_validate_args(["--checkpoint", str(run_folder), "--device", "cpu", *given])
+    settings, found = validation.settings_for(args, *validation.list_candidates(args))
+    config = validation.data_config_for(settings, model, found)
+    assert (config["interpolation"], config["crop_pct"], settings.num_samples) == (
+        "bilinear",
+        0.5,
+        5,
+    )
+
+
+def test_size_for_evaluation() -> None:
+    """timm's cfgs may have another than for training, unless that is asked for."""
+    model = timm.create_model("convnext_tiny", device="meta")
+    sizes = []
+    for more in ([], ["--use-train-size"]):
+        args = parse_validate_args(
+            ["--model", "convnext_tiny", "--dataset", "sklearn/digits", *more]
+        )
+        sizes.append(validation.data_config_for(args, model, {})["input_size"][1])
+    assert sizes == [288, 224]
+
+
+def test_precision_is_mixed(
+    script: ModuleType, run_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = [*COMMON, "--checkpoint", str(run_folder), "--num-samples", "32"]
+    losses = []
+    for more in ([], ["--amp", "--amp-dtype", "bfloat16"]):
+        script.main([*argv, *more])
+        losses.append(result(capsys)["loss"])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_averaged_weights_that_are_not_there_are_told(
+    script: ModuleType, run_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    script.main([*COMMON, "--checkpoint", str(run_folder), "--use-ema", "--num-samples", "8"])
+    assert "--use-ema: there are no averaged weights beside" in capsys.readouterr().err
+
+
+def test_reparameterized(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parse_validate_args(
+        ["--model", "fastvit_t8", "--dataset", "sklearn/digits", "--reparam"]
+    )
+    monkeypatch.setattr(validation, "_has_published_weights", lambda name: False)
+    args.num_classes = 3
+    model, _ = validation.build_candidate(args, {})
+    assert not any(name.endswith("conv_scale") for name, _ in model.named_modules())
 
 
 def test_tables_and_picture(
@@ -234,7 +298,7 @@ def test_other_size_and_test_time_pooling(
     assert result(capsys)["img_size"] == 64
     resnet = timm.create_model("test_resnet", num_classes=10)
     save_weights(tmp_path / "r.safetensors", resnet, {**METADATA, "arch": "test_resnet",
-                 "model_kwargs": {}, "crop_pct": 0.9})  # fmt: skip
+                 "model_kwargs": {}, "data_config": {**DATA_CONFIG, "crop_pct": 0.9}})  # fmt: skip
     flags = ["--checkpoint", str(tmp_path / "r.safetensors"), "--num-samples", "8"]
     script.main([*COMMON, *flags, "--img-size", "192", "--test-pool"])
     assert result(capsys)["crop_pct"] == 1.0
