@@ -59,6 +59,7 @@ def test_every_draw_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         sampling, "seed_generators", lambda value, *rest: (seeds.append(value), seed(value, *rest))
     )
+    monkeypatch.setattr(loaders, "_PREFETCH_DEVICES", ("cpu",))
     of = loader(mixes=True)
     of.set_epoch(0)
     list(of)
