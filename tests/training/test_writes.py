@@ -129,7 +129,8 @@ def test_saver_after_an_error_at_every_call(tmp_path: Path) -> None:
             assert failed or epoch != 2 or len(calls.names) < number
             assert not list(folder.glob(".*"))
             check_account(saver)
-        assert saver.best == {"": {"epoch": 4, "metric": 70.0}, EMA: {"epoch": 4, "metric": 71.0}}
+        best = {"epoch": 4, "measured": True}
+        assert saver.best == {"": {**best, "metric": 70.0}, EMA: {**best, "metric": 71.0}}
         assert read_metadata(folder / "last_ema.safetensors")["update"] == 40
         assert len(saver.kept) == 2 and saver.kept[0]["epoch"] == 4
         assert len(list(folder.glob("checkpoint-*"))) == 4
