@@ -9,6 +9,7 @@ python scripts/convert_checkpoint.py x_ckpt.tar --model sa_resnet_large_local --
 import argparse
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from qna_timm.convert import (
     read_flax_checkpoint,
     span_state_dict,
 )
-from qna_timm.convert.common import HEAD_NAMES
+from qna_timm.convert.common import HEAD_NAMES, some
 from qna_timm.models import CSWin, GramianNet, QnAViT, SAResNet  # and registers the models
 from qna_timm.training.errors import UsageError, closest, missing_package, run_cli
 from qna_timm.training.flags.declaration import OneLineParser
@@ -178,6 +179,8 @@ def main(argv: list[str] | None = None) -> None:
             f"the file has {found} classes, {wanted} were asked for: its trunk is kept, "
             "the classifier will be fresh"
         )
+    if bad := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
+        print(f"warning: numbers that are not finite in {some(bad)}", file=sys.stderr)
     metadata = _describe(args, found if wanted == found else 0)
     save_tensors(args.out, state_dict, {METADATA_KEY: json.dumps(metadata)})
     total = sum(tensor.numel() for tensor in state_dict.values())

@@ -158,6 +158,7 @@ def test_gradient_checkpointing_computes_again(name: str) -> None:
         assert calls == dict.fromkeys(blocks, times)
 
 
+TILED = ("qna_vit_tiny", "cswin_tiny", "ga_cswin_tiny")  # their windows hold to an image's size
 GRAMIAN = [name for name in SMALL if name.startswith("ga_")]
 
 
@@ -195,3 +196,14 @@ def test_no_heads_without_the_fused_map(name: str) -> None:
         model.reset_classifier(5)
     model.reset_classifier(0)
     assert model.eval()(images(name)).ndim == 4
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in TILED])
+def test_exported_for_any_size(name: str) -> None:
+    model, auto = small(name).eval(), torch.export.Dim.AUTO
+    example = torch.randn(2, 3, 96, 64)
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    for size in ((3, 3, 65, 97), (2, 3, 128, 160)):
+        x = torch.randn(size)
+        torch.testing.assert_close(program.module()(x), model(x))

@@ -196,3 +196,14 @@ def test_spans_are_fractions_of_the_same_pixels(tmp_path: Path) -> None:
     argv = ["--model", "sa_resnet_small_adaptive", "--model-kwargs", "max_span=9"]
     with pytest.raises(UsageError, match="fractions of max_span=5, the model has max_span=9"):
         convert(source, *argv, "--out", tmp_path / "o.safetensors")
+
+
+def test_numbers_that_are_not_finite_are_told(tmp_path: Path, capsys) -> None:
+    """A run that diverged leaves such a file; it converts, for those who want to look at it."""
+    state = dict(released_span("small_adaptive_R3"))
+    name = next(iter(state))
+    state[name] = torch.full_like(state[name], torch.nan)
+    source = write(tmp_path / "x_ckpt.tar", state, True)
+    words = ["--model", "sa_resnet_small_adaptive", "--model-kwargs", "span_ramp=3"]
+    convert(source, *words, "--out", tmp_path / "out.safetensors")
+    assert "numbers that are not finite in 1 (" in capsys.readouterr().err

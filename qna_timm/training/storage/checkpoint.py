@@ -91,7 +91,7 @@ def _readable(path: Path) -> Iterator[None]:
         TypeError,
         AttributeError,
     ) as error:
-        reason = re.split(r"\n|[.] ", str(error).strip())[0][:160]
+        reason = re.split(r"\n|[.] ", str(error).strip())[0][:160] or "the file ends early"
         kind = type(error).__name__
         raise UsageError(f"{path}: not a readable checkpoint ({kind}: {reason})") from error
 
