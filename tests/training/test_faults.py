@@ -170,7 +170,7 @@ def test_bad_updates_in_a_row_end_the_run(policy: str, train: ModuleType) -> Non
     assert all(tensor.isfinite().all() for tensor in tensors_in(load_state(FOLDER / STATE_NAME)))
 
 
-@pytest.mark.parametrize("policy", ["skip", "rewind"])
+@pytest.mark.parametrize("policy", [pytest.param("skip", marks=pytest.mark.thorough), "rewind"])
 def test_bad_updates_now_and_then_do_not_end_the_run(policy: str, train: ModuleType) -> None:
     argv = flags("--on-nonfinite", policy, "--max-steps", "24", "-b", "16", "--epochs", "1")
     bad = poison(*((0, update) for update in range(1, 24, 2)))
