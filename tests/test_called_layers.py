@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from timm.models import create_feature_extractor, get_graph_node_names
 from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations, prune
@@ -201,3 +202,23 @@ def test_weights_of_another_kind(name: str) -> None:
     del module.weight
     module.weight = weight
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "folded", "called"),
+    [
+        ("attention", "learned_query_scores", "scores_of_keys"),
+        ("token's keys", "class_attention", "attend_by_keys"),
+    ],
+)
+def test_symbolic_traces(name: str, folded: str, called: str) -> None:
+    """Fold what is plain, where a weight is no tensor, and call what is hooked."""
+    layer, inner, x = make(name)
+    wanted = layer.eval()(x)
+    for hooked, one, other in ((False, folded, called), (True, called, folded)):
+        if hooked:
+            layer.get_submodule(inner).register_forward_hook(lambda *_: None)
+        nodes = get_graph_node_names(layer)[1]
+        assert any(one in node for node in nodes) and not any(other in node for node in nodes)
+        traced = create_feature_extractor(layer, {nodes[-1]: "out"}).eval()
+        torch.testing.assert_close(traced(x)["out"], wanted, rtol=1e-5, atol=1e-6)

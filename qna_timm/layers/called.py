@@ -21,4 +21,6 @@ def must_be_called(
     is_plain = type(module) in plain and "forward" not in module.__dict__
     if not is_plain or any(getattr(module, name) for name in _HOOKS):
         return True
-    return hasattr(module.weight, "__tensor_flatten__")  # a wrapper: quantized or sharded
+    # not by its name: what a symbolic trace gives for that has any attribute
+    weight = module._parameters.get("weight", module.__dict__.get("weight"))
+    return hasattr(weight, "__tensor_flatten__")  # a wrapper: quantized or sharded

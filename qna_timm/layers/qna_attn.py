@@ -28,6 +28,7 @@ POS_EMBED_KINDS = ("relative", "absolute", "none")
 register_notrace_function(learned_query_scores)
 register_notrace_function(normalize_query)
 register_notrace_function(qna_attention)
+register_notrace_function(scores_of_keys)
 register_notrace_function(offsets_qna_attention)
 
 

@@ -103,6 +103,14 @@ def _class_attention(
     return out.reshape(branches, batch, attn_dim)
 
 
+def _attend_by_keys(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    query = query.unflatten(-1, (num_heads, -1))
+    key, value = key.unflatten(-1, (num_heads, -1)), value.unflatten(-1, (num_heads, -1))
+    scores = torch.einsum("mbhd,mbnhd->mbhn", query, key)
+    attn = (scores * query.shape[-1] ** -0.5).softmax(dim=3)
+    return torch.einsum("mbhn,mbnhd->mbhd", attn, value).flatten(2)
+
+
 def attend_by_keys(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     """`class_attention` to keys and values that are there already.
 
@@ -118,11 +126,12 @@ def attend_by_keys(query: Tensor, key: Tensor, value: Tensor, num_heads: int) ->
         [M, B, e] in query's dtype, computed in float32 (float64 for a float64 query).
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    heads = [x.to(dtype).unflatten(-1, (num_heads, -1)) for x in (query, key, value)]
-    with full_float32(query.device):
-        scores = torch.einsum("mbhd,mbnhd->mbhn", heads[0], heads[1])
-        attn = (scores * heads[0].shape[-1] ** -0.5).softmax(dim=3)
-        return torch.einsum("mbhn,mbnhd->mbhd", attn, heads[2]).flatten(2).to(query.dtype)
+    returned, query, key, value = query.dtype, query.to(dtype), key.to(dtype), value.to(dtype)
+    if torch.jit.is_scripting():
+        return _attend_by_keys(query, key, value, num_heads).to(returned)
+    else:  # TorchScript skips an else branch, not code after a return
+        with full_float32(query.device):
+            return _attend_by_keys(query, key, value, num_heads).to(returned)
 
 
 def class_attention(
