@@ -410,6 +410,8 @@ def test_window_attention(size: tuple, window: tuple, fused: bool) -> None:
 def test_window_attention_of_odd_channels() -> None:
     with pytest.raises(ValueError, match=r"3 \* num_heads = 15 times .* of a head, got 24"):
         window_attention(torch.randn(1, 4, 4, 24), None, 5, (2, 2))
+    with pytest.raises(ValueError, match=r"qkv must be a channels-last map .*, got \[4, 4, 24\]"):
+        window_attention(torch.randn(4, 4, 24), None, 4, (2, 2))
 
 
 def plateau(side: int, drop: float) -> tuple[Tensor, Tensor]:

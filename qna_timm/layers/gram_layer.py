@@ -52,9 +52,8 @@ class BranchDropPath(DropPath):
     """
 
     def forward(self, x: Tensor, batch: int) -> Tensor:
-        if (
-            self.drop_prob == 0.0 or not self.training
-        ):  # here, also for no images, which length cannot be divided by
+        # here and not by timm's function, since an empty batch cannot divide the length
+        if self.drop_prob == 0.0 or not self.training:
             return x
         branches, length, dim = x.shape
         x = x.reshape(branches * batch, length // batch, dim)

@@ -381,9 +381,6 @@ def create_gramian(
 ) -> GramianNet:
     """timm's builder with what all Gramian models share.
 
-    Raises:
-        ValueError: a way to take features that does not fit a network whose maps lie in its trunk.
-
     Args:
         model_class: Subclass of `GramianNet`.
         variant: Registered name.
@@ -391,6 +388,9 @@ def create_gramian(
         feature_indices: Maps that `features_only` gives unless told otherwise; None for all.
         filter_fn: From a checkpoint's state dict to the model's.
         kwargs: Arguments of the class and of timm's builder.
+
+    Raises:
+        ValueError: a way to take features that does not fit a network whose maps lie in its trunk.
     """
     feature_cls = kwargs.get("feature_cls") or "getter"
     if feature_cls in ("list", "dict", "hook", "fx"):

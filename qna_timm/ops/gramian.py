@@ -124,7 +124,12 @@ def attend_by_keys(query: Tensor, key: Tensor, value: Tensor, num_heads: int) ->
 
     Returns:
         [M, B, e] in query's dtype, computed in float32 (float64 for a float64 query).
+
+    Raises:
+        ValueError: num_heads does not divide e.
     """
+    if query.shape[2] % num_heads != 0:
+        raise ValueError(f"num_heads must divide {query.shape[2]} channels, got {num_heads}")
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     returned, query, key, value = query.dtype, query.to(dtype), key.to(dtype), value.to(dtype)
     if torch.jit.is_scripting():

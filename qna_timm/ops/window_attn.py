@@ -63,8 +63,11 @@ def window_attention(
         [B, H, W, C].
 
     Raises:
-        ValueError: channels that are not three times as many for every head, outside of traces.
+        ValueError: qkv is no map or, outside of traces, its channels are not those of three
+            projections of num_heads heads.
     """
+    if qkv.dim() != 4:
+        raise ValueError(f"qkv must be a channels-last map [B, H, W, 3*C], got {list(qkv.shape)}")
     batch, height, width, channels = qkv.shape
     if not torch.jit.is_tracing() and channels % (3 * num_heads) != 0:  # traces have tensors there
         raise ValueError(
