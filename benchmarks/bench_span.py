@@ -35,7 +35,7 @@ from torch import nn
 
 import qna_timm  # noqa: F401  registers the models
 from qna_timm.layers import SpanAttention
-from qna_timm.ops.span_native import unsupported
+from qna_timm.ops.span.native import unsupported
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from span_reference import UnfoldedAttention

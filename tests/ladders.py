@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qna_timm.ops import native, qna_attn, qna_native, span_native
+from qna_timm.ops import native
+from qna_timm.ops.qna import forms
+from qna_timm.ops.qna import native as qna_native
+from qna_timm.ops.span import native as span_native
 from qna_timm.ops.workspace import Workspace
 
 SWITCHED_OFF = "a test has switched it off"
@@ -21,7 +24,7 @@ def needs_native() -> None:
 
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where nothing was compiled."""
-    monkeypatch.setattr(qna_attn, "unsupported", lambda *_: SWITCHED_OFF)
+    monkeypatch.setattr(forms, "unsupported", lambda *_: SWITCHED_OFF)
     monkeypatch.setattr(span_native, "unsupported", lambda *_: SWITCHED_OFF)
 
 

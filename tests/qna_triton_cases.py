@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qna_timm.ops import qna_attention, qna_attention_reference, qna_triton, qna_triton_problem
+from qna_timm.ops import qna_attention, qna_attention_reference
+from qna_timm.ops.qna.triton import launch as qna_triton
+from qna_timm.ops.qna.triton import problem as qna_triton_problem
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 

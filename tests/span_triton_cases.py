@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from qna_timm.ops import ring_index, span_attention, span_triton
-from qna_timm.ops.span_attn import span_offsets
+from qna_timm.ops import ring_index, span_attention
+from qna_timm.ops.span.offsets import span_offsets
+from qna_timm.ops.span.triton import launch as span_triton
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 pytestmark = pytest.mark.usefixtures("quick_interpreter")

@@ -1,6 +1,7 @@
 """Imports go down only, optional packages stay optional, and every module has one home."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ ALLOWED = {
     "models": {"ops", "layers", "models", "convert"},
     "training": {"ops", "layers", "models", "convert", "training", "version"},
 }
+# of `ops`: its folders know nothing of each other, and what they share nothing of them
+OPERATORS = {"qna", "span"}
+ABOVE_OPERATORS = {"__init__", "compiled"}
 # of `training`: its folders, each with those below it, and the modules beside them that all may use
 BELOW = {
     "storage": {"storage"},
@@ -29,6 +33,7 @@ BASE = {"errors", "generators", "names", "signals"}
 CORE = {"torch", "torchvision", "timm", "einops", "yaml", "numpy", "PIL", "safetensors"}
 
 
+@functools.cache
 def imports(path: Path, top_level_only: bool) -> set[str]:
     """Dotted names that a file imports, those for type checkers left out."""
     tree = ast.parse(path.read_text())
@@ -61,6 +66,16 @@ def test_imports_go_down(file: Path) -> None:
             assert not name.startswith("timm"), f"{file} imports {name}"
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if file.parts[0] == "ops"], ids=str)
+def test_operators_know_nothing_of_each_other(file: Path) -> None:
+    place = file.parts[1].removesuffix(".py")
+    if place in ABOVE_OPERATORS:
+        return
+    for name in imports(PACKAGE / file, top_level_only=False):
+        if name.startswith("qna_timm.ops."):
+            assert name.split(".")[2] not in OPERATORS - {place}, f"{file} imports {name}"
+
+
 @pytest.mark.parametrize("place", sorted(BASE | BELOW.keys()))
 def test_imports_go_down_in_training(place: str) -> None:
     allowed = BASE | BELOW.get(place, set())
@@ -79,11 +94,11 @@ def test_extras_are_imported_where_they_are_used(file: Path) -> None:
 
     Files of Triton kernels need triton at their head, and are imported where they are used.
     """
-    of_kernels = "_triton" in file.stem
+    of_kernels = "triton" in file.parts
     allowed = CORE | {"qna_timm"} | sys.stdlib_module_names | ({"triton"} if of_kernels else set())
     for name in imports(PACKAGE / file, top_level_only=True):
         assert name.split(".")[0] in allowed, f"{file} imports {name}"
-        assert of_kernels or "_triton" not in name, f"{file} imports {name}"
+        assert of_kernels or ".triton" not in name, f"{file} imports {name}"
 
 
 def test_cold_import_without_extras() -> None:
@@ -96,7 +111,7 @@ for name in ("msgpack", "sklearn", "matplotlib", "tensorboard", "tqdm", "wandb",
 import qna_timm, timm
 assert len(timm.list_models("qna_vit_*")) == 4
 assert not any(name.startswith("qna_timm.training") for name in sys.modules)
-assert not any("_triton" in name for name in sys.modules if name.startswith("qna_timm"))
+assert not any(".triton" in name for name in sys.modules if name.startswith("qna_timm"))
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

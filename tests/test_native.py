@@ -21,11 +21,11 @@ from qna_timm.ops import (
     explain_qna_attention,
     native,
     qna_attention,
-    qna_attn,
-    qna_native,
-    span_native,
 )
-from qna_timm.ops.qna_windows import Windows
+from qna_timm.ops.qna import forms
+from qna_timm.ops.qna import native as qna_native
+from qna_timm.ops.qna.windows import Windows
+from qna_timm.ops.span import native as span_native
 
 ROOT = Path(__file__).parent.parent
 # H, W, queries, heads, head_dim, kernel, stride, padding: vectors, bands and groups of heads that
@@ -342,7 +342,7 @@ def test_a_batch_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_native()
     tensors, args = problem("one-tile")
     wanted = run(tensors, args)
-    monkeypatch.setattr(qna_attn, "NATIVE_NUMBERS", 1)
+    monkeypatch.setattr(forms, "NATIVE_NUMBERS", 1)
     for found, other in zip(run(tensors, args), wanted, strict=True):
         torch.testing.assert_close(found, other)
     nothing = [tensors[0][:0], tensors[1][:0], *tensors[2:]]

@@ -15,7 +15,7 @@ from qna_timm.ops import (
     span_attention,
     window_attention,
 )
-from qna_timm.ops.qna_offsets import qna_offsets
+from qna_timm.ops.qna.offsets import qna_offsets
 
 # H, W, queries, heads, head_dim, kernel, stride, padding
 SIZES = {

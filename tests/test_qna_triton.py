@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from ahead_of_time import compile_launch, record_launches, resources, run_cases
 
-from qna_timm.ops import qna_triton
+from qna_timm.ops.qna.triton import launch as qna_triton
 
 CASES = Path(__file__).parent / "qna_triton_cases.py"
 

@@ -9,8 +9,9 @@ import torch
 from ladders import guard_memory, needs_native, same_for_any_threads, untouched, without_native
 from test_span_ops import ORDER, problem, run
 
-from qna_timm.ops import explain_span_attention, span_attention, span_native
+from qna_timm.ops import explain_span_attention, span_attention
 from qna_timm.ops.compiled import compiled_attention
+from qna_timm.ops.span import native as span_native
 
 # As in test_span_ops: bands of rows and groups of channels that are full, begun and more than one.
 SIZES = {

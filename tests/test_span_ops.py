@@ -7,8 +7,9 @@ from ladders import needs_native
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from qna_timm.ops import ring_index, ring_weights, span_attention, span_tiles
-from qna_timm.ops.span_attn import span_offsets
+from qna_timm.ops import ring_index, ring_weights, span_attention
+from qna_timm.ops.span import tiles
+from qna_timm.ops.span.offsets import span_offsets
 
 # batch, height, width, channels, heads, kernel, mask_padding, mask: none, positive, with holes
 CASES = [
@@ -99,7 +100,7 @@ def test_tiles_in_parts(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tile rows of one image at a time, or several images: the same numbers."""
     case = (5, 13, 10, 4, 2, 5, True, "holes")
     wanted = run(problem(case), "tiles")
-    monkeypatch.setattr(span_tiles, "CPU_SCORES", scores)
+    monkeypatch.setattr(tiles, "CPU_SCORES", scores)
     agree(run(problem(case), "tiles"), wanted, 1e-12)
 
 

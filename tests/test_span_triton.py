@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 
 from ahead_of_time import compile_launch, record_launches, resources, run_cases
 
-from qna_timm.ops import span_attention, span_triton
+from qna_timm.ops import span_attention
+from qna_timm.ops.span.triton import launch as span_triton
 
 CASES = Path(__file__).parent / "span_triton_cases.py"
 

@@ -1,19 +1,19 @@
 """Operators as pure functions of tensors. Read `reference.py` first: it is the specification."""
 
-from qna_timm.ops.api import (
-    explain_qna_attention,
-    learned_query_scores,
-    normalize_query,
-    offsets_qna_attention,
-    qna_attention,
-    scores_of_keys,
-)
 from qna_timm.ops.branches import gram_matrix, part_linear
 from qna_timm.ops.gramian import (
     attend_by_keys,
     class_attention,
     gram_triangle,
     triangle_index,
+)
+from qna_timm.ops.qna.api import (
+    explain_qna_attention,
+    learned_query_scores,
+    normalize_query,
+    offsets_qna_attention,
+    qna_attention,
+    scores_of_keys,
 )
 from qna_timm.ops.reference import (
     class_attention_reference,
@@ -22,8 +22,8 @@ from qna_timm.ops.reference import (
     span_attention_reference,
 )
 from qna_timm.ops.resize import average_pool_to, resize_offset_table
-from qna_timm.ops.span_api import explain_span_attention, span_attention
-from qna_timm.ops.span_attn import ring_index, ring_weights
+from qna_timm.ops.span.api import explain_span_attention, span_attention
+from qna_timm.ops.span.offsets import ring_index, ring_weights
 from qna_timm.ops.window_attn import window_attention
 
 __all__ = [

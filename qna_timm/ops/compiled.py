@@ -1,6 +1,7 @@
 """What of this package was compiled for this processor: what results may depend on."""
 
-from qna_timm.ops import qna_native, span_native
+from qna_timm.ops.qna import native as qna_native
+from qna_timm.ops.span import native as span_native
 
 
 def compiled_attention() -> str:

@@ -1,4 +1,4 @@
-// Learned-query attention and its gradient on a CPU, called from qna_native.py by its C interface.
+// Learned-query attention and its gradient on a CPU, called from qna/native.py by its C interface.
 //
 //     a_q[y, o] = exp(score_q[y+o] + bias_q[o]) / D_q[y],   D_q[y] = sum_o exp(...)
 //     out[y]    = sum_o (sum_q weight_q[o] a_q[y, o]) value[y+o]
@@ -17,7 +17,7 @@
 
 namespace qna {
 
-// To be raised with every change, here and in qna_native.py: an installation in place may hold an
+// To be raised with every change, here and in qna/native.py: an installation in place may hold an
 // older library.
 constexpr int64_t VERSION = 6;
 // Sum of |gradient of scores| below so much of the sum of |mean| that it is the difference of:

@@ -1,5 +1,5 @@
 // Local self-attention with relative keys and a weighted window, and its gradient, on a CPU, called
-// from span_native.py by its C interface.
+// from span/native.py by its C interface.
 //
 //     score[o] = scale q[y] . (k[y+o] + rel_pos[o]),   e[o] = exp(score[o] - max score)
 //     out[y]   = sum_o m[o] e[o] v[y+o] / sum_o (m[o] + floor[o]) e[o]
@@ -13,7 +13,7 @@
 
 namespace span {
 
-// To be raised with every change, here and in span_native.py: an installation in place may hold an
+// To be raised with every change, here and in span/native.py: an installation in place may hold an
 // older library.
 constexpr int64_t VERSION = 3;
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qna_timm.ops.qna_windows import window_max
+from qna_timm.ops.qna.windows import window_max
 
 # Most offsets of a window that compilers fuse into one loop. The loop beats every form by hand but
 # the native one, which is as fast and takes a third of the time to compile.

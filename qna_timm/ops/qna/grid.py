@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from qna_timm.ops.qna_windows import Windows
+from qna_timm.ops.qna.windows import Windows
 
 # Factors of safety on the error that a random walk of roundings leaves: DEVIATIONS for the norm of
 # a map's error, PEAK for its largest entry over that norm. The worst seen were 0.6 of the norm and

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qna_timm.ops.fourier import Grid
-from qna_timm.ops.qna_sums import WindowSums
-from qna_timm.ops.qna_windows import Windows
+from qna_timm.ops.qna.grid import Grid
+from qna_timm.ops.qna.sums import WindowSums
+from qna_timm.ops.qna.windows import Windows
 
 # Offsets up to which PyTorch's gradient of a depthwise kernel is fast, and channels-last faster.
 FEW_OFFSETS = 9

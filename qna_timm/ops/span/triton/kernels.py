@@ -23,7 +23,7 @@ channels and S >= k of steps, offsets along one axis. `b_*` are blocks, `p_*` po
 import triton
 import triton.language as tl
 
-from qna_timm.ops.span_triton_blocks import (
+from qna_timm.ops.span.triton.blocks import (
     clamp_step,
     find_tile,
     load_channels,

@@ -1,4 +1,4 @@
-"""Triton kernels of the gradients of scores and values; read `qna_triton_kernels.py` first.
+"""Triton kernels of the gradients of scores and values; read `forward.py` first.
 
 With attn_o = exp((score - shift) + (bias_o - log)), recomputed wherever it is needed from the
 shift and the log that the forward kernel left, and delta = <grad, out of one query>:
@@ -10,7 +10,7 @@ shift and the log that the forward kernel left, and delta = <grad, out of one qu
 import triton
 import triton.language as tl
 
-from qna_timm.ops.qna_triton_kernels import (
+from qna_timm.ops.qna.triton.forward import (
     head_block,
     load_channels,
     load_heads,

@@ -9,13 +9,13 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from qna_timm.ops.qna_triton_backward import delta_kernel, token_kernel
-from qna_timm.ops.qna_triton_kernels import forward_kernel
-from qna_timm.ops.qna_triton_problem import OPTIONS, Problem, addressable, on
-from qna_timm.ops.qna_triton_tables import table_kernel
-from qna_timm.ops.qna_triton_toeplitz import toeplitz_kernel
-from qna_timm.ops.qna_triton_toeplitz_backward import toeplitz_delta_kernel, toeplitz_token_kernel
-from qna_timm.ops.qna_triton_toeplitz_tables import toeplitz_table_kernel
+from qna_timm.ops.qna.triton.backward import delta_kernel, token_kernel
+from qna_timm.ops.qna.triton.forward import forward_kernel
+from qna_timm.ops.qna.triton.problem import OPTIONS, Problem, addressable, on
+from qna_timm.ops.qna.triton.tables import table_kernel
+from qna_timm.ops.qna.triton.toeplitz import toeplitz_kernel
+from qna_timm.ops.qna.triton.toeplitz_backward import toeplitz_delta_kernel, toeplitz_token_kernel
+from qna_timm.ops.qna.triton.toeplitz_tables import toeplitz_table_kernel
 
 # The first version whose kernels take tuples, and carry them through loops.
 OLDEST_TRITON = (3, 3)

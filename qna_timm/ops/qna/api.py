@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qna_timm.ops import qna_native
 from qna_timm.ops.dispatch import Choice, against_triton, choose
 from qna_timm.ops.float32 import full_float32, is_plain_float32
 from qna_timm.ops.library import has_tangents
-from qna_timm.ops.qna_attn import FORMS, Problem
-from qna_timm.ops.qna_offsets import FUSED_OFFSETS, qna_offsets
-from qna_timm.ops.qna_op import qna_operator
-from qna_timm.ops.qna_windows import check_problem
+from qna_timm.ops.qna import native
+from qna_timm.ops.qna.forms import FORMS, Problem
+from qna_timm.ops.qna.offsets import FUSED_OFFSETS, qna_offsets
+from qna_timm.ops.qna.operator import qna_operator
+from qna_timm.ops.qna.windows import check_problem
 from qna_timm.ops.reference import qna_attention_reference
 
 QNA_FORMS = (*FORMS, "reference", "offsets", "triton")
@@ -215,9 +215,9 @@ def offsets_qna_attention(
 
 
 def _unsupported_by_triton(*args: Any) -> str | None:
-    from qna_timm.ops import qna_triton  # an optional package
+    from qna_timm.ops.qna.triton import launch  # an optional package
 
-    return qna_triton.unsupported(*args)
+    return launch.unsupported(*args)
 
 
 def _choose_qna(impl: str, scores: Tensor, value: Tensor, *rest: Any) -> Choice:
@@ -229,7 +229,7 @@ def _choose_qna(impl: str, scores: Tensor, value: Tensor, *rest: Any) -> Choice:
     if impl == "auto" and torch.compiler.is_compiling():
         if has_tangents() or (IS_OLD and torch._C._are_functorch_transforms_active()):
             return Choice("offsets", {"auto": "compiled graphs have no tangents of operators"})
-        if few and not _is_exporting() and qna_native.unsupported(scores, value):
+        if few and not _is_exporting() and native.unsupported(scores, value):
             return Choice("offsets", {"auto": "the compiler fuses so few offsets into one loop"})
     # no functions in here: PyTorch 2.6 cannot compile one with annotations
     unsupported = partial(_unsupported_by_triton, scores, value, *rest)

@@ -1,4 +1,4 @@
-"""Triton kernels of gradients on tensor cores; read `qna_triton_toeplitz.py` first.
+"""Triton kernels of gradients on tensor cores; read `toeplitz.py` first.
 
 For the windows that see a token, the Toeplitz products run over output positions p, with tables
 upside down and back to front, and -shift - log in place of scores:
@@ -8,15 +8,15 @@ upside down and back to front, and -shift - log in place of scores:
     grad_value = sum_q g u,  grad_score = g (<u, value> - v),  g = exp(score + peak)
 
 A tile where g is out of the range that float32 holds beside the smallest of the other factors is
-computed as in `qna_triton_backward.py`. Where a head's channels are in several parts, delta and
+computed as in `backward.py`. Where a head's channels are in several parts, delta and
 grad_score are partial sums [parts, ...].
 """
 
 import triton
 import triton.language as tl
 
-from qna_timm.ops.qna_triton_backward import collect, take_delta
-from qna_timm.ops.qna_triton_toeplitz import SMALLEST_SUM, everywhere, place_of_tile, window_sums
+from qna_timm.ops.qna.triton.backward import collect, take_delta
+from qna_timm.ops.qna.triton.toeplitz import SMALLEST_SUM, everywhere, place_of_tile, window_sums
 
 # The largest g: terms that float32 cannot hold, below 2^-126, are then below 2^-66 of attn's 1.
 LARGEST_FACTOR = tl.constexpr(2.0**60)

@@ -8,14 +8,14 @@ with a banded Toeplitz matrix: for row ky of the window, query q and a tile of o
 
 and the same with exp(score - peak) and exp(bias) for the softmax's denominator. A tile has one peak
 for each query and head, the largest score that it sees. A tile where that leaves some window next
-to nothing is computed as in `qna_triton_kernels.py`; so is one with numbers that are not finite,
+to nothing is computed as in `forward.py`; so is one with numbers that are not finite,
 which a product would spread over the tile.
 """
 
 import triton
 import triton.language as tl
 
-from qna_timm.ops.qna_triton_kernels import attend
+from qna_timm.ops.qna.triton.forward import attend
 
 # The smallest sum of a window where the largest term of its tile is 1. Beside it, terms that
 # float32 cannot hold, below 2^-126, count for nothing.

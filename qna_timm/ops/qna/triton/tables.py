@@ -1,4 +1,4 @@
-"""Triton kernel of the gradients of both tables; read `qna_triton_backward.py` first.
+"""Triton kernel of the gradients of both tables; read `backward.py` first.
 
 grad_weight_o = sum attn_o <grad, value>             over all positions
 grad_bias_o = weight_o grad_weight_o - sum attn_o delta
@@ -7,7 +7,7 @@ grad_bias_o = weight_o grad_weight_o - sum attn_o delta
 import triton
 import triton.language as tl
 
-from qna_timm.ops.qna_triton_kernels import (
+from qna_timm.ops.qna.triton.forward import (
     head_block,
     load_channels,
     load_heads,

@@ -4,7 +4,7 @@
                              D_q[y] = sum_o exp(bias[o]) e[y+o],   e = exp(scores - maximum)
 
 ("Learned Queries for Efficient Local Attention", CVPR 2022, section 4.) Two forms of the sums, each
-a class: depthwise convolutions (`qna_depthwise`) and Fourier transforms (`qna_fourier`).
+a class: depthwise convolutions (`depthwise`) and Fourier transforms (`fourier`).
 
 One maximum serves a whole map. Where scores spread far, what matters to a window can be lost beside
 it: forward and backward look at what came out and give None then.
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qna_timm.ops.fourier import COMMON_ROUNDINGS, PEAK
-from qna_timm.ops.qna_windows import Windows
+from qna_timm.ops.qna.grid import COMMON_ROUNDINGS, PEAK
+from qna_timm.ops.qna.windows import Windows
 from qna_timm.ops.workspace import Workspace
 
 # Least D, where e is at most 1: far above the smallest float32 number, so that what has vanished

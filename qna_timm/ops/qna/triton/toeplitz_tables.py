@@ -1,4 +1,4 @@
-"""Triton kernel of the tables' gradients on tensor cores; read `qna_triton_toeplitz.py` first.
+"""Triton kernel of the tables' gradients on tensor cores; read `toeplitz.py` first.
 
 For row ky of the window, tokens t and output columns c of a tile,
 
@@ -7,7 +7,7 @@ For row ky of the window, tokens t and output columns c of a tile,
 
 summed over all tiles, and the same with delta in place of <value, grad>. What belongs to offset kx
 lies on the diagonal t - c = kx, and lacks the factor exp(bias - top). Tiles of infinite peaks
-are left to `qna_triton_tables.py`.
+are left to `tables.py`.
 """
 
 import triton

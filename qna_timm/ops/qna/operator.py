@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from qna_timm.ops import qna_attn
 from qna_timm.ops.float32 import full_float32
 from qna_timm.ops.library import calls_operator, register_gradient, register_operator
-from qna_timm.ops.qna_offsets import qna_offsets
+from qna_timm.ops.qna import forms
+from qna_timm.ops.qna.offsets import qna_offsets
 
 _ARGUMENTS = (
     "Tensor scores, Tensor value, Tensor? rel_pos_bias, Tensor? query_weight, "
@@ -27,14 +27,14 @@ _ARGUMENTS = (
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     if args[-1] == "triton":
         return _triton().forward(*args[:-1])
-    return qna_attn.forward(*args), args[0].new_empty(0)
+    return forms.forward(*args), args[0].new_empty(0)
 
 
 def _backward(
     grad: Tensor, stats: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if args[-1] != "triton":
-        return qna_attn.backward(grad, *args)
+        return forms.backward(grad, *args)
     grads = _triton().backward(grad, *args[:4], stats, *args[4:-1])
     scores, kernel_size = args[0], args[4]
     empty = scores.new_zeros(kernel_size[0] * kernel_size[1], *scores.shape[3:])
@@ -42,9 +42,9 @@ def _backward(
 
 
 def _triton() -> ModuleType:
-    from qna_timm.ops import qna_triton  # an optional package
+    from qna_timm.ops.qna.triton import launch  # an optional package
 
-    return qna_triton
+    return launch
 
 
 def _fake_forward(
@@ -249,7 +249,7 @@ def qna_operator(
     padding: int,
     impl: str,
 ) -> Tensor:
-    """The operator, in the way that suits the caller; arguments as in `qna_attn.Problem`."""
+    """The operator, in the way that suits the caller; arguments as in `forms.Problem`."""
     args = (scores, value, rel_pos_bias, query_weight, *kernel_size, stride, padding, impl)
     if calls_operator():
         return torch.ops.qna_timm.qna_attention(*_with_list(args, 4))[0]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qna_timm.ops.fourier import Grid
-from qna_timm.ops.qna_sums import WindowSums, norm
+from qna_timm.ops.qna.grid import Grid
+from qna_timm.ops.qna.sums import WindowSums, norm
 
 
 class FourierSums(WindowSums):

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qna_timm.ops.qna_depthwise import depthwise_sums
-from qna_timm.ops.qna_exact import exact_backward, exact_forward
-from qna_timm.ops.qna_fourier import FourierSums
-from qna_timm.ops.qna_native import native_backward, native_forward, unsupported
-from qna_timm.ops.qna_sums import Tables, WindowSums
-from qna_timm.ops.qna_windows import Windows, check_problem
+from qna_timm.ops.qna.depthwise import depthwise_sums
+from qna_timm.ops.qna.exact import exact_backward, exact_forward
+from qna_timm.ops.qna.fourier import FourierSums
+from qna_timm.ops.qna.native import native_backward, native_forward, unsupported
+from qna_timm.ops.qna.sums import Tables, WindowSums
+from qna_timm.ops.qna.windows import Windows, check_problem
 
 # Numbers (tokens x channels x queries) computed at a time: what a CPU's caches hold; enough to fill
 # a GPU, where backward takes some 40 bytes for each, a sixteenth of the memory at most.

@@ -8,25 +8,25 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qna_timm.ops import span_native
 from qna_timm.ops.dispatch import Choice, against_triton, choose
 from qna_timm.ops.float32 import full_float32
 from qna_timm.ops.library import has_tangents
 from qna_timm.ops.reference import span_attention_reference
-from qna_timm.ops.span_attn import check_span, span_offsets
-from qna_timm.ops.span_op import FORMS, span_operator, span_triton
+from qna_timm.ops.span import native
+from qna_timm.ops.span.offsets import check_span, span_offsets
+from qna_timm.ops.span.operator import FORMS, span_operator, span_triton
 
 SPAN_FORMS = (*FORMS, "reference", "offsets", "triton")
 
 
 def _unsupported_by_triton(qkv: Tensor, kernel_size: int, num_heads: int) -> str | None:
-    from qna_timm.ops import span_triton as kernels  # an optional package
+    from qna_timm.ops.span.triton import launch  # an optional package
 
-    return kernels.unsupported(qkv, kernel_size, num_heads)
+    return launch.unsupported(qkv, kernel_size, num_heads)
 
 
 def _unsupported_by_native(qkv: Tensor, _: bool) -> str | None:
-    return span_native.unsupported(qkv)
+    return native.unsupported(qkv)
 
 
 def _choose_span(impl: str, qkv: Tensor, kernel_size: int, num_heads: int) -> Choice:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from qna_timm.ops import span_native as native
-from qna_timm.ops import span_tiles as tiles
 from qna_timm.ops.float32 import full_float32
 from qna_timm.ops.library import calls_operator, register_gradient, register_operator
-from qna_timm.ops.span_attn import check_span, span_offsets
+from qna_timm.ops.span import native, tiles
+from qna_timm.ops.span.offsets import check_span, span_offsets
 
 # What the operator computes.
 FORMS = ("auto", "native", "tiles")
@@ -54,15 +53,15 @@ def _backward(grad: Tensor, qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor, Te
 
 
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    from qna_timm.ops import span_triton  # an optional package
+    from qna_timm.ops.span.triton import launch  # an optional package
 
-    return span_triton.forward(*args)
+    return launch.forward(*args)
 
 
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from qna_timm.ops import span_triton
+    from qna_timm.ops.span.triton import launch
 
-    return span_triton.backward(*args)
+    return launch.backward(*args)
 
 
 def _fake(qkv: Tensor, *_: Any) -> Tensor:

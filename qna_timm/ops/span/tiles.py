@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qna_timm.ops.span_grid import TileGrid
+from qna_timm.ops.span.grid import TileGrid
 from qna_timm.ops.workspace import Workspace
 
 # Scores at a time: what caches hold on a CPU, enough to fill a GPU.

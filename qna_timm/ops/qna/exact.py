@@ -1,7 +1,7 @@
 """Learned-query attention offset by offset, exact for any scores, with its gradient written out.
 
 Every window is shifted by its own maximum. Nothing is kept for each offset: exponentials are
-computed anew in each pass over the window. Slower than window sums (`qna_sums`), which cannot serve
+computed anew in each pass over the window. Slower than window sums (`sums`), which cannot serve
 where scores spread far.
 
 Letters: n images, H W map, Y X output map, Q queries, h heads, d head_dim, C = h*d channels,
@@ -14,7 +14,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from qna_timm.ops.qna_windows import Windows, window_max
+from qna_timm.ops.qna.windows import Windows, window_max
 
 # Of a sum that are added one after the other: in a sum of thousands small numbers would leave their
 # last digits, all in the same way.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qna_timm.ops.native import Call, address, in_float32, load_library
-from qna_timm.ops.qna_windows import Windows
+from qna_timm.ops.qna.windows import Windows
 
 # Of `native/qna.cpp`; to be raised on both sides with every change of what is compiled.
 VERSION = 6

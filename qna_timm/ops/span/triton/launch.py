@@ -1,4 +1,4 @@
-"""Local self-attention with relative keys by fused kernels, see `span_triton_kernels`.
+"""Local self-attention with relative keys by fused kernels, see `kernels`.
 
 Letters: B batch, H W map, C = h*d channels, h heads, d head_dim, k kernel_size, K = k*k offsets.
 """
@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from qna_timm.ops.span_triton_blocks import INTERPRETED, span_weights_kernel
-from qna_timm.ops.span_triton_kernels import (
+from qna_timm.ops.span.triton.blocks import INTERPRETED, span_weights_kernel
+from qna_timm.ops.span.triton.kernels import (
     span_bwd_keys_kernel,
     span_bwd_queries_kernel,
     span_fwd_kernel,

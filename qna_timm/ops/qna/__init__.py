@@ -1,0 +1,1 @@
+"""Learned-query attention: `api` has the public functions."""

@@ -1,0 +1,1 @@
+"""Triton kernels of learned-query attention. Imported where they are used: triton is optional."""

@@ -1,0 +1,1 @@
+"""Local self-attention in windows with spans: `api` has the public function."""
