@@ -56,7 +56,7 @@ def _folded_scores(x: Tensor, weight: Tensor, bias: Tensor | None, query: Tensor
 
 # PyTorch 2.6 does not tell compiling from exporting, both are exporting there; and inside compiled
 # transforms operators have no gradients.
-IS_OLD = not hasattr(torch.compiler, "is_exporting")
+_TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
@@ -227,7 +227,7 @@ def _choose_qna(impl: str, scores: Tensor, value: Tensor, *rest: Any) -> Choice:
     kernel_h, kernel_w = rest[2]
     few = kernel_h * kernel_w <= FUSED_OFFSETS
     if impl == "auto" and torch.compiler.is_compiling():
-        if has_tangents() or (IS_OLD and torch._C._are_functorch_transforms_active()):
+        if has_tangents() or (not _TELLS_EXPORTS and torch._C._are_functorch_transforms_active()):
             return Choice("offsets", {"auto": "compiled graphs have no tangents of operators"})
         if few and not _is_exporting() and native.unsupported(scores, value):
             return Choice("offsets", {"auto": "the compiler fuses so few offsets into one loop"})
