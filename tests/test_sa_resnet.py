@@ -328,6 +328,18 @@ def test_half_precision(kind: str, dtype: torch.dtype) -> None:
     assert out.dtype == dtype and relative_error(out.float(), wanted) < 0.1
 
 
+@pytest.mark.parametrize("side", [31, 32, 33, 36])
+@pytest.mark.parametrize("stride", [2, 3, 4])
+def test_shortcut_takes_the_first_pixel_of_every_cell(stride: int, side: int) -> None:
+    model = small_model("cnn", layers=(1, 1), channels=(8, 8), strides=(1, stride)).eval()
+    block, x = model.stages[1][0], torch.randn(2, 32, side, side)
+    at_first = block.shortcut(x)
+    whole = block.shortcut.conv.weight[:, :, 0, 0]
+    wanted = torch.einsum("oc,bcyx->boyx", whole, x[:, :, ::stride, ::stride])
+    torch.testing.assert_close(at_first, block.shortcut.bn(wanted), rtol=1e-4, atol=1e-5)
+    assert block(x).shape == at_first.shape
+
+
 @pytest.mark.parametrize(
     "kind",
     # a learned window has all that a fixed one has; test_augmented_conv.py compiles the other kind

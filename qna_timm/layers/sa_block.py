@@ -120,7 +120,10 @@ class SABottleneck(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_chs != out_chs:
-            self.shortcut = ConvNormAct(in_chs, out_chs, 1, stride, apply_act=False, **layers)
+            # without padding, which timm adds from stride 3 on: a cell's first pixel
+            self.shortcut = ConvNormAct(
+                in_chs, out_chs, 1, stride, padding=0, apply_act=False, **layers
+            )
         self.act3 = create_act_layer(args.act_layer, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:

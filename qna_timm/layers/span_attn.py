@@ -165,7 +165,7 @@ class SpanAttention(nn.Module):
             heads each sees one axis; 'both', rows on the first half of every head's.
         mask_padding: Leave positions off the map out of the softmax.
         scale_scores: scale = 1/sqrt(d) in place of 1.
-        eps: See above; 0 gives masked-out rings no part in the softmax.
+        eps: See above; 0 gives masked-out rings no part in the softmax, nor a gradient to spans.
         exact_radius: See `AdaptiveSpan`.
         impl: See `qna_timm.ops.span_attention`; 'auto' is 'offsets', PyTorch's own operators, after
             ``timm.layers.set_fused_attn(False)``.

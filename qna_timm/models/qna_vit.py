@@ -91,7 +91,8 @@ class QnAViT(nn.Module):
         stem_type: 'patch', a 4x4 convolution, or 'resnet'.
         down_shortcut: Residual path of strided blocks, 'conv' or 'avgpool'.
         head_type: 'gap', mean of the normalised map; 'qna_v1', learned-query attention over the
-            whole map; 'qna_v2', the sum of both.
+            whole map with 2 normalised queries, a weight for each offset and relative position
+            biases, whatever the blocks have; 'qna_v2', the sum of both.
         init_values: Initial layer scale; None for no layer scale.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after attention projections and in MLPs.
@@ -209,7 +210,7 @@ class QnAViT(nn.Module):
 
         self.norm = args.norm_layer(self.num_features, **dd)
         self.head_type = head_type
-        self.attn_pool = self._build_attn_pool(head_type, plan[-1], args)
+        self.attn_pool = self._build_attn_pool(head_type, plan[-1], dd)
         self.head = ClassifierHead(
             self.num_features, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd
         )
@@ -220,24 +221,15 @@ class QnAViT(nn.Module):
         return [info["reduction"] for info in self.feature_info]
 
     def _build_attn_pool(
-        self, head_type: str, last: StageArgs, args: BlockArgs
+        self, head_type: str, last: StageArgs, dd: dict[str, Any]
     ) -> LearnedQueryPool | None:
         if head_type == "gap":
             return None
         if head_type not in ("qna_v1", "qna_v2"):
             raise ValueError(f"head_type must be 'gap', 'qna_v1' or 'qna_v2', got {head_type!r}")
         size = self._map_size(self.img_size)
-        pool = LearnedQueryPool(
-            last.dim,
-            last.qna_num_heads,
-            max(size),
-            num_queries=2,
-            query_weight=args.query_weight,
-            pos_embed=args.pos_embed,
-            normalize_query=last.normalize_query,
-            normalize_stop_grad=args.normalize_stop_grad,
-            **(args.dd or {}),
-        )
+        # the released head's, whatever the blocks have
+        pool = LearnedQueryPool(last.dim, last.qna_num_heads, max(size), num_queries=2, **dd)
         pool.set_kernel_size(size)
         return pool
 

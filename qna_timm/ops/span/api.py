@@ -61,10 +61,10 @@ def span_attention(
         out[y]   = sum_o m[o] e[o] v[y+o] / sum_o (m[o] + floor[o]) e[o]
 
     for every head, o over the offsets of a k x k window centred at y in row-major order, index 0
-    up and left. Offsets with m + floor = 0 are left out, of the maximum too; a window in which none
-    is left has no defined output. Keys and values off the map are zero and take part. Everything
-    inside is float32 (float64 for a float64 qkv), also under autocast. (arXiv:1906.05909, section
-    2.2; arXiv:2004.08708.)
+    up and left. Offsets with m + floor = 0 are left out, of the maximum and of m's gradient too; a
+    window in which none is left has no defined output. Keys and values off the map are zero and
+    take part. Everything inside is float32 (float64 for a float64 qkv), also under autocast.
+    (arXiv:1906.05909, section 2.2; arXiv:2004.08708.)
 
     Args:
         qkv: [B, H, W, 3*C], queries, keys and values one after the other, heads inside each.
