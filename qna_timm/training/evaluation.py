@@ -1,5 +1,6 @@
 """One pass over a labelled split: loss and top-k accuracy, exact over several processes."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -7,13 +8,16 @@ from typing import Protocol
 import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from qna_timm.training.data.image_loader import ImageLoader
-from qna_timm.training.data.views import class_names_of
-from qna_timm.training.errors import UsageError
+from qna_timm.training.data.views import class_names_of, images_of
+from qna_timm.training.errors import RunFailed, UsageError
 from qna_timm.training.observers import BranchCounts
-from qna_timm.training.processes.distributed import process_place
+from qna_timm.training.processes.distributed import process_place, sum_over_processes
 from qna_timm.training.reporting.progress import Progress
+
+_logger = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -42,6 +46,19 @@ def check_labels(target: Tensor, num_classes: int) -> None:
             f"the data has the label {high}, but the model only {num_classes} classes "
             f"(--num-classes {high + 1} or more)"
         )
+
+
+def _check_counted(count: int, dataset: Dataset) -> None:
+    """See that there were images, and tell if a stream had others than it is said to have.
+
+    Raises:
+        RunFailed: there were none.
+    """
+    if not count:
+        raise RunFailed("no image to evaluate on could be read", everywhere=True)
+    expected = images_of(dataset)
+    if isinstance(dataset, IterableDataset) and expected not in (None, count):
+        _logger.warning("evaluated %d images, the split is said to have %d", count, expected)
 
 
 def _so_far(evaluator: ClassificationEvaluator) -> dict[str, Tensor]:
@@ -90,6 +107,7 @@ def evaluate(
 
     Raises:
         UsageError: a label that the model has no class for.
+        RunFailed: there was no image at all.
     """
     evaluator = ClassificationEvaluator(device, criterion=criterion)
     watching = [evaluator, *observers]
@@ -124,5 +142,6 @@ def evaluate(
             progress.update(len(inputs) * world_size, **_so_far(evaluator))
         after_batch(step)
     model.train(was_training)
+    _check_counted(int(sum_over_processes(evaluator.counts)[0]), loader.dataset)
     metrics = dict(evaluator.compute(distributed=world_size > 1))
     return metrics if branch_counts is None else {**metrics, **branch_counts.metrics()}

@@ -31,6 +31,7 @@ from qna_timm.training.data.datasets import (
 )
 from qna_timm.training.data.fingerprint import fingerprint
 from qna_timm.training.data.shards import ShardPlan
+from qna_timm.training.data.views import images_of
 from qna_timm.training.exactness import versions
 from qna_timm.training.gramian_task import GramianTask, has_branches
 from qna_timm.training.kernels import choose_kernels
@@ -292,4 +293,5 @@ def _paper_recipe(args: argparse.Namespace) -> Path | None:
 
 def _count(dataset: Dataset) -> str:
     """Number of images for the eye; streams may not know it."""
-    return f"{len(dataset):,}" if hasattr(dataset, "__len__") else "unknown"
+    images = images_of(dataset)
+    return "unknown" if images is None else f"{images:,}"

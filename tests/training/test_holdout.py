@@ -175,7 +175,7 @@ class TestData:
             def __iter__(self) -> Iterator:
                 return iter(())
 
-        monkeypatch.setattr(datasets, "_open_reader", lambda *args: Stream())
+        monkeypatch.setattr(datasets, "open_reader", lambda *args: Stream())
         args = parse_train_args(
             ["--dataset", "wds/x", "--data-dir", "x", "--device", "cpu", "--val-fraction", "0.1"]
         )

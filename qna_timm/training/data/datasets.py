@@ -5,37 +5,38 @@ return fits `create_train_loader` and `create_eval_loader`, which live in `loade
 """
 
 import argparse
-import importlib.util
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-import torch.distributed as dist
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
 from qna_timm.training.data.digits import Digits
+from qna_timm.training.data.factory import (
+    TORCH_TWO_SPLITS,
+    create,
+    image_mode,
+    prefix_of,
+    samples_asked,
+)
 from qna_timm.training.data.holdout import hold_out
 from qna_timm.training.data.image_loader import ImageLoader
 from qna_timm.training.data.loaders import (
     create_eval_loader,
     create_train_loader,
-    default_image_mode,
     uses_prefetcher,
 )
+from qna_timm.training.data.readers import open_reader
 from qna_timm.training.data.splits import find_split, is_train_split, split_flag
 from qna_timm.training.data.tiny_imagenet import TinyImageNetReader
 from qna_timm.training.data.views import ImageView, class_names_of, use_class_names
-from qna_timm.training.errors import UsageError, closest, closest_path
+from qna_timm.training.errors import UsageError
 from qna_timm.training.names import TINY_IMAGENET, check_dataset_name
-from qna_timm.training.processes.distributed import process_place
 
 __all__ = [
     "ImageLoader",
@@ -51,122 +52,17 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _MOST_NAMES_SHOWN = 5
-_TORCH_TWO_SPLITS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 _TORCH_FOLDERS = ("image_folder", "folder")
-_DOWNLOADABLE = tuple(
-    f"torch/{name}" for name in (*_TORCH_TWO_SPLITS, "inaturalist", "inat", "places365")
-)
-_READER_MODULES = {
-    "hfds": ("datasets", "datasets"),
-    "hfids": ("datasets", "datasets"),
-    "tfds": ("tensorflow_datasets", "tensorflow tensorflow-datasets"),
-    "wds": ("webdataset", "webdataset"),
-}
-
-
-def _prefix(name: str) -> str:
-    return name.partition("/")[0].lower()
-
-
-def _image_mode(args: argparse.Namespace) -> str:
-    """The PIL mode to read; `create_*_loader` corrects the default to the model's channels."""
-    if args.input_img_mode:
-        if args.input_img_mode not in Image.MODES:
-            raise UsageError(
-                f"--input-img-mode {args.input_img_mode!r} is no image mode of Pillow"
-                f"{closest(args.input_img_mode, Image.MODES)}"
-            )
-        return args.input_img_mode
-    channels = args.input_size[0] if args.input_size else args.in_chans
-    return "RGB" if channels is None else default_image_mode(channels)
-
-
-def _num_samples(args: argparse.Namespace, is_training: bool) -> int | None:
-    names = ("train_num_samples",) if is_training else ("val_num_samples", "num_samples")
-    return next((value for name in names if (value := getattr(args, name, None))), None)
-
-
-@contextmanager
-def _first_rank_first(enabled: bool) -> Iterator[None]:
-    """Lets rank 0 download before the other ranks look."""
-    rank, world_size = process_place()
-    wait = enabled and world_size > 1
-    if wait and rank > 0:
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if wait and rank == 0:
-            dist.barrier()
-
-
-def _check_class_map(name: str, root: str | None) -> None:
-    """A text file of class names, one a line, here or in the data's folder."""
-    where = f"--class-map {name}"
-    places = [Path(name), Path(root or "", name)]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise UsageError(f"{where}: there is no such file, here or in {root}{closest_path(name)}")
-    if path.suffix.lower() != ".txt":
-        raise UsageError(f"{where}: expected a text file .txt with a class name a line")
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise UsageError(f"{where}: is not UTF-8 text, expected a class name a line") from None
-    for number, found in enumerate(names, start=1):
-        if not found:
-            raise UsageError(f"{where}: line {number} is empty, expected a class name")
-        if (first := names.index(found) + 1) < number:
-            raise UsageError(f"{where}: '{found}' is in lines {first} and {number}")
-
-
-def _create(args: argparse.Namespace, split: str, is_training: bool, **kwargs: Any) -> Dataset:
-    """timm's factory; whatever a reader raises becomes one line."""
-    common = {
-        "name": args.dataset,
-        "root": args.data_dir,
-        "split": split,
-        "search_split": False,
-        "is_training": is_training,
-        "class_map": args.class_map,
-        "download": args.dataset_download,
-        "batch_size": args.batch_size,
-        "seed": args.seed,
-        "repeats": getattr(args, "epoch_repeats", 0),
-        "num_samples": _num_samples(args, is_training),
-        "input_img_mode": _image_mode(args),
-        "input_key": args.input_key,
-        "target_key": args.target_key,
-        "trust_remote_code": args.dataset_trust_remote_code,
-    }
-    if args.class_map:
-        _check_class_map(args.class_map, kwargs.get("root", args.data_dir))
-    try:
-        with _first_rank_first(args.dataset_download):
-            return create_dataset(**{**common, **kwargs})
-    except Exception as error:
-        # Readers of four libraries raise what they like; here it can only be the user's data.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = f" in {args.data_dir}" if args.data_dir else ""
-        hint = ""
-        if args.dataset.lower() in _DOWNLOADABLE and not args.dataset_download:
-            hint = "; --dataset-download fetches it"
-        elif args.class_map and "0 images" in reason:
-            hint = f"; are its folders named in --class-map {args.class_map}?"
-        raise UsageError(
-            f"cannot open dataset {args.dataset or 'folder'!r}, split {split!r}{where}: "
-            f"{reason}{hint}"
-        ) from error
 
 
 def _open_digits(args: argparse.Namespace, split: str, is_training: bool) -> ImageView:
     digits = Digits(is_validation=not is_train_split(split, split_flag(args, is_training)))
-    return ImageView(digits, _image_mode(args), class_names=digits.classes)
+    return ImageView(digits, image_mode(args), class_names=digits.classes)
 
 
 def _torch_name(args: argparse.Namespace) -> str:
     """torchvision's name of the dataset; empty for another kind."""
-    return args.dataset.split("/", 2)[-1].lower() if _prefix(args.dataset) == "torch" else ""
+    return args.dataset.split("/", 2)[-1].lower() if prefix_of(args.dataset) == "torch" else ""
 
 
 def _open_torch(args: argparse.Namespace, split: str, is_training: bool) -> ImageView:
@@ -174,23 +70,23 @@ def _open_torch(args: argparse.Namespace, split: str, is_training: bool) -> Imag
     if not args.data_dir:
         raise UsageError(f"--dataset {args.dataset} needs --data-dir, the folder it is kept in")
     root = args.data_dir
-    if name in _TORCH_TWO_SPLITS:
+    if name in TORCH_TWO_SPLITS:
         # timm takes every name it does not know for the test part
         is_train = is_train_split(split, split_flag(args, is_training), ("test",))
         split = "train" if is_train else "validation"
     elif name in _TORCH_FOLDERS:
         root = find_split(args, split, is_training)
-    dataset = _create(args, split, is_training, root=root)
+    dataset = create(args, split, is_training, root=root)
     names = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", ())
     # ImageNet names a class by a tuple of synonyms
     flat = [name if isinstance(name, str) else ", ".join(name) for name in names]
-    return ImageView(dataset, _image_mode(args), class_names=flat)
+    return ImageView(dataset, image_mode(args), class_names=flat)
 
 
 def _open_folder(args: argparse.Namespace, split: str, is_training: bool) -> Dataset:
     root = find_split(args, split, is_training)
-    dataset = _create(args, split, is_training, root=root)
-    if "" in (class_names_of(dataset) or ()):
+    dataset = create(args, split, is_training, root=root)
+    if {"", "."} & set(class_names_of(dataset) or ()):  # "." where an archive's names begin with it
         raise UsageError(
             f"{root} holds images directly; put them in one folder per class, "
             f"for example {root}/cat and {root}/dog"
@@ -279,22 +175,6 @@ def _report_passed_over(root: str, folders: Iterable[str], class_map: str) -> No
         )
 
 
-def _open_reader(args: argparse.Namespace, split: str, is_training: bool) -> Dataset:
-    module, packages = _READER_MODULES[_prefix(args.dataset)]
-    if importlib.util.find_spec(module) is None:
-        raise UsageError(f"--dataset {args.dataset} needs {module}: pip install {packages}")
-    dataset = _create(args, split, is_training)
-    if not isinstance(dataset, IterableDataset) and len(dataset):
-        try:
-            dataset[0]  # the readers look at their keys only now
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UsageError(
-                f"--input-key {args.input_key}, --target-key {args.target_key}: cannot read a "
-                f"sample of {args.dataset}: {type(error).__name__} {error}"
-            ) from error
-    return dataset
-
-
 def _limited(dataset: Dataset, num_samples: int | None) -> Dataset:
     """At most `num_samples` samples, spread evenly so that sorted classes all stay."""
     if not num_samples or num_samples >= len(dataset):
@@ -315,7 +195,7 @@ def _open_tiny_imagenet(args: argparse.Namespace, split: str, is_training: bool)
             name = key.replace("_", "-")
             raise UsageError(f"--{name}: is not for --dataset {TINY_IMAGENET}, which has its own")
     reader = TinyImageNetReader(args.data_dir, is_train_split(split, flag))
-    dataset = ImageDataset(args.data_dir, reader=reader, input_img_mode=_image_mode(args))
+    dataset = ImageDataset(args.data_dir, reader=reader, input_img_mode=image_mode(args))
     dataset.class_names = reader.class_names
     return dataset
 
@@ -350,7 +230,7 @@ def open_dataset(
     """
     dataset = _open_whole(args, split, is_training)
     if not isinstance(dataset, IterableDataset):
-        dataset = _limited(dataset, _num_samples(args, is_training))
+        dataset = _limited(dataset, samples_asked(args, is_training))
     if class_names is not None:
         use_class_names(dataset, class_names, f"split {split!r}")
     return dataset
@@ -358,7 +238,7 @@ def open_dataset(
 
 def _open_whole(args: argparse.Namespace, split: str, is_training: bool) -> Dataset:
     check_dataset_name(args.dataset)
-    dataset = _OPENERS.get(_prefix(args.dataset), _open_reader)(args, split, is_training)
+    dataset = _OPENERS.get(prefix_of(args.dataset), open_reader)(args, split, is_training)
     if not isinstance(dataset, IterableDataset) and not len(dataset):
         raise UsageError(f"{split_flag(args, is_training)} {split!r} holds no samples")
     return dataset
@@ -380,9 +260,9 @@ def open_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
             "validating on %d of the %d images of split %r (--val-fraction %g, --val-seed %d)",
             len(held_out), len(whole), args.train_split, args.val_fraction, args.val_seed,
         )  # fmt: skip
-        train = _limited(train, _num_samples(args, True))
-        return train, _limited(held_out, _num_samples(args, False))
-    if _torch_name(args) in _TORCH_TWO_SPLITS:
+        train = _limited(train, samples_asked(args, True))
+        return train, _limited(held_out, samples_asked(args, False))
+    if _torch_name(args) in TORCH_TWO_SPLITS:
         _logger.info(
             "%s has no validation part: epochs are judged by its test part (--val-fraction 0.1 "
             "leaves that to validate.py)",

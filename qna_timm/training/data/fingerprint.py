@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
-from qna_timm.training.data.views import class_names_of
+from qna_timm.training.data.views import class_names_of, images_of
 
 # What torchvision's datasets, timm's readers and ours call the labels of all samples.
 _LABELS = ("targets", "labels", "_labels")
@@ -31,13 +31,9 @@ def fingerprint(train_set: Dataset, eval_set: Dataset) -> dict[str, dict[str, An
 
 def _describe(dataset: Dataset) -> dict[str, Any]:
     stream = isinstance(dataset, IterableDataset)
-    if stream:
-        images = getattr(getattr(dataset, "reader", None), "num_samples", None)
-    else:
-        images = len(dataset)
     names = class_names_of(dataset)
     return {
-        "images": None if images is None else int(images),
+        "images": images_of(dataset),
         "samples": None if stream else _digest_samples(dataset),
         "classes": None if not names else _digest("\0".join(map(str, names))),
         "stream": stream,

@@ -119,9 +119,7 @@ class ImageLoader:
         if start and self.sampler is None and not self._warned:
             self._warned = True
             _logger.warning(
-                "this dataset is a stream: what has been trained on is read again and passed over; "
-                "the samples that follow are those of an uninterrupted run only if the stream "
-                "keeps its order"
+                "this dataset is a stream: what has been trained on is read again and passed over"
             )
         self._batches.set_epoch(epoch, start)
         for holder in (self._inner.dataset, self.sampler):

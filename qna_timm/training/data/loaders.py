@@ -20,13 +20,13 @@ from qna_timm.training.data.padded_crop import PADDED, use_padded_crop
 from qna_timm.training.data.posterize import mend_posterize
 from qna_timm.training.data.sampling import EpochSampler, KeyedCollate, KeyedDataset
 from qna_timm.training.data.shards import ShardPlan, plan_shards, too_large_batch
-from qna_timm.training.data.streams import KeyedStream
+from qna_timm.training.data.streams import EvalStream, KeyedStream
 from qna_timm.training.errors import UsageError
 from qna_timm.training.processes.distributed import process_place
 
 _PREFETCH_DEVICES = ("cuda", "npu")
-# Readers that share their files out over all workers of all ranks pad less with few workers.
-_SHARDED_READERS = ("tfds/", "wds/")
+# A reader that shares its files out over all workers of all ranks pads less with few workers.
+_PADDING_READER = "tfds/"
 
 
 def uses_prefetcher(args: argparse.Namespace, device: torch.device) -> bool:
@@ -68,8 +68,8 @@ def _set_image_mode(dataset: Dataset, args: argparse.Namespace, channels: int) -
         dataset.input_img_mode = default_image_mode(channels)
 
 
-def _num_workers(args: argparse.Namespace) -> int:
-    """--workers; where nobody chose it, no more than there are cores (PyTorch would warn)."""
+def num_workers(args: argparse.Namespace) -> int:
+    """``--workers``; where nobody chose it, no more than there are cores (PyTorch would warn)."""
     if "workers" in getattr(args, "given", {"workers"}):
         return args.workers
     has_affinity = hasattr(os, "sched_getaffinity")
@@ -273,7 +273,7 @@ def create_train_loader(
         mean=data_config["mean"],
         std=data_config["std"],
         num_aug_splits=num_aug_splits,
-        num_workers=_num_workers(args),
+        num_workers=num_workers(args),
         pin_memory=args.pin_mem and device.type != "cpu",  # nothing to pin for
         img_dtype=img_dtype,
         device=device,
@@ -325,8 +325,8 @@ def create_eval_loader(
         UsageError: a value of `data_config` that timm's transforms refuse.
     """
     rank, world_size = process_place()
-    workers = _num_workers(args)
-    if world_size > 1 and args.dataset.lower().startswith(_SHARDED_READERS):
+    workers = num_workers(args)
+    if world_size > 1 and args.dataset.lower().startswith(_PADDING_READER):
         workers = min(2, workers)
     _set_image_mode(dataset, args, data_config["input_size"][0])
     img_dtype = _image_dtype(args)
@@ -351,7 +351,11 @@ def create_eval_loader(
     )
     inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
     changes: dict[str, Any] = {"collate_fn": TellingCollate(inner.collate_fn)}
-    if not isinstance(dataset, IterableDataset):
+    if isinstance(dataset, IterableDataset):
+        # archives are shared out whole: a process may have more images than its share
+        warnings.filterwarnings("ignore", message="Length of IterableDataset")
+        changes["dataset"] = EvalStream(inner.dataset)
+    else:
         refuse_neighbours(inner.dataset)
         changes["dataset"] = EvalImages(inner.dataset, getattr(args, "strict_data", False))
     loader = _with_inner(loader, _rebuilt(inner, args.seed + rank, **changes))

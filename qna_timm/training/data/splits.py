@@ -96,13 +96,16 @@ def find_split(args: argparse.Namespace, split: str, is_training: bool) -> str:
             )
         return str(root)
     names = _synonyms(split.split("[")[0])
-    for name in names:
-        for path in (root / name, root / f"{name}.tar"):
-            if path.exists():
-                return str(path)
-    if root.resolve().name in names:
-        return str(root)
-    folders = {path.name for path in root.iterdir() if path.is_dir()}
+    try:
+        for name in names:
+            for path in (root / name, root / f"{name}.tar"):
+                if path.exists():
+                    return str(path)
+        if root.resolve().name in names:
+            return str(root)
+        folders = {path.name for path in root.iterdir() if path.is_dir()}
+    except OSError as error:
+        raise UsageError(f"--data-dir {root}: cannot be read: {error.strerror}") from error
     chosen_by_default = flag == "--split" and "split" not in getattr(args, "given", {})
     if chosen_by_default and folders and not folders & _SPLIT_LIKE:
         return str(root)

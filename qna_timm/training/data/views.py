@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from qna_timm.training.errors import UsageError, closest
 
@@ -79,6 +79,16 @@ class LabelTable:
 
     def __call__(self, label: int) -> int:
         return self.table[int(label)]
+
+
+def images_of(dataset: Dataset) -> int | None:
+    """How many images a dataset has over all processes; None where a stream does not tell."""
+    if not isinstance(dataset, IterableDataset):
+        return len(dataset)
+    while not hasattr(dataset, "reader") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    images = getattr(getattr(dataset, "reader", None), "num_samples", None)
+    return int(images) if images else None
 
 
 def class_names_of(dataset: Dataset) -> list[str] | None:
