@@ -266,6 +266,20 @@ def test_parameters_and_macs(name: str, parameters: int, gmacs: float) -> None:
         assert found == pytest.approx(gmacs, abs=0.01)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_trace_of_another_size(hooked: bool) -> None:
+    """Stripes of the map of now; where a hook wants the convolution called, of the traced one."""
+    model, sizes = small(), [(2, 64, 64), (3, 77, 57), (1, 96, 160)]
+    if hooked:
+        model.stages[0].blocks[0].attn[0].lepe.register_forward_hook(lambda *_: None)
+        sizes = sizes[:1]
+    traced = torch.jit.trace(model, torch.randn(2, 3, 64, 64))
+    for batch, height, width in sizes:
+        x = torch.randn(batch, 3, height, width)
+        with torch.no_grad():
+            torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["cswin_tiny", "ga_cswin_tiny"])
 @pytest.mark.parametrize("size", [(32, 32), (224, 96), (49, 31), (3, 3)], ids=str)
 def test_any_size(name: str, size: tuple[int, int]) -> None:

@@ -408,6 +408,16 @@ def test_export(strict: bool) -> None:
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (77, 57), (96, 160)])
+def test_trace_of_another_size(size: tuple[int, int]) -> None:
+    """Windows of the map of now, its padding and its mask; a map smaller than a window, too."""
+    model = small_model()
+    torch.nn.init.normal_(model.stages[3].blocks[0].attn.rel_pos_bias)
+    traced, x = torch.jit.trace(model, torch.randn(2, 3, 40, 40)), torch.randn(3, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_script_and_trace_agree() -> None:
     model = small_model(head_type="qna_v2", stem_type="resnet", down_shortcut="avgpool")
     x = torch.randn(2, 3, 72, 64)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
+from qna_timm.layers.called import must_be_called
+
 
 def _stripes_along(side: int, stripe: int) -> tuple[int, int]:
     """(number of stripes, tokens of each) along a side of the map; stripe 0 is the whole side."""
@@ -45,6 +47,53 @@ def _stripe_mask(x: Tensor, down: tuple[int, int], across: tuple[int, int]) -> T
     cols = torch.arange(across[0] * across[1], device=x.device).view(1, across[0], 1, across[1])
     valid = ((rows < height) & (cols < width)).expand(batch, -1, -1, -1, -1)
     return valid.reshape(batch * down[0] * across[0], 1, 1, down[1] * across[1])
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_heads: int, drop: float, fused: bool
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of every stripe, [S, N, C] each."""
+    head_dim = q.shape[2] // num_heads
+    # S, N, C -> S, h, N, d
+    q = q.unflatten(2, (num_heads, head_dim)).transpose(1, 2)
+    k = k.unflatten(2, (num_heads, head_dim)).transpose(1, 2)
+    v = v.unflatten(2, (num_heads, head_dim)).transpose(1, 2)
+    if fused:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
+    else:
+        attn = (q * head_dim**-0.5) @ k.transpose(-2, -1)
+        if mask is not None:
+            attn = attn.masked_fill(~mask, float("-inf"))
+        out = F.dropout(attn.softmax(dim=-1), drop, drop > 0.0) @ v
+    return out.transpose(1, 2).flatten(2)
+
+
+@torch.jit.script_if_tracing
+def _stripes_of_any_size(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lepe_weight: Tensor,
+    lepe_bias: Tensor | None,
+    num_heads: int,
+    stripe_size: tuple[int, int],
+    drop: float,
+    fused: bool,
+) -> Tensor:
+    """`StripeAttention` for traces, which follow branches for other sizes only as a script."""
+    batch, height, width, dim = q.shape
+    down = _stripes_along(height, stripe_size[0])
+    across = _stripes_along(width, stripe_size[1])
+    mask: Tensor | None = None
+    if down[0] * down[1] > height or across[0] * across[1] > width:
+        mask = _stripe_mask(q, down, across)
+    q, k, v = (
+        _to_stripes(q, down, across), _to_stripes(k, down, across), _to_stripes(v, down, across)
+    )  # fmt: skip
+    maps = v.unflatten(1, (down[1], across[1])).permute(0, 3, 1, 2)
+    lepe = F.conv2d(maps, lepe_weight, lepe_bias, padding=1, groups=dim)
+    out = _attend(q, k, v, mask, num_heads, drop, fused) + lepe.flatten(2).transpose(1, 2)
+    return _from_stripes(out, batch, down, across)[:, :height, :width]
 
 
 @register_notrace_module  # shapes decide whether there is a mask
@@ -93,29 +142,27 @@ class StripeAttention(nn.Module):
         self.fused_attn = use_fused_attn()
         self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v of every stripe, [S, N, C] each."""
-        head_dim = q.shape[2] // self.num_heads
-        # S, N, C -> S, h, N, d
-        q = q.unflatten(2, (self.num_heads, head_dim)).transpose(1, 2)
-        k = k.unflatten(2, (self.num_heads, head_dim)).transpose(1, 2)
-        v = v.unflatten(2, (self.num_heads, head_dim)).transpose(1, 2)
-        dropout = self.attn_drop if self.training else 0.0
-        if self.fused_attn:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        else:
-            attn = (q * head_dim**-0.5) @ k.transpose(-2, -1)
-            if mask is not None:
-                attn = attn.masked_fill(~mask, float("-inf"))
-            out = F.dropout(attn.softmax(dim=-1), dropout, self.training) @ v
-        return out.transpose(1, 2).flatten(2)
-
     def _lepe(self, v: Tensor, rows: int, cols: int) -> Tensor:
         """The values' convolution in every stripe, [S, N, C]."""
         maps = v.unflatten(1, (rows, cols)).permute(0, 3, 1, 2)
         return self.lepe(maps).flatten(2).transpose(1, 2)
 
+    @torch.jit.unused
+    def _is_traced(self) -> bool:
+        in_trace = torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
+        return in_trace and not must_be_called(self.lepe)
+
+    @torch.jit.unused
+    def _traced(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        drop = self.attn_drop if self.training else 0.0
+        weight, bias = self.lepe.weight, self.lepe.bias
+        sizes = (self.num_heads, self.stripe_size, drop, self.fused_attn)
+        return _stripes_of_any_size(q, k, v, weight, bias, *sizes)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (scripts skip such a branch by itself alone)
+            if self._is_traced():
+                return self._traced(q, k, v)
         batch, height, width, _ = q.shape
         down = _stripes_along(height, self.stripe_size[0])
         across = _stripes_along(width, self.stripe_size[1])
@@ -126,7 +173,9 @@ class StripeAttention(nn.Module):
         q = _to_stripes(q, down, across)
         k = _to_stripes(k, down, across)
         v = _to_stripes(v, down, across)
-        out = self._attend(q, k, v, mask) + self._lepe(v, down[1], across[1])
+        drop = self.attn_drop if self.training else 0.0
+        out = _attend(q, k, v, mask, self.num_heads, drop, self.fused_attn)
+        out = out + self._lepe(v, down[1], across[1])
         out = _from_stripes(out, batch, down, across)
         return out[:, :height, :width] if padded else out
 

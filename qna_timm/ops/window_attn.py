@@ -38,44 +38,21 @@ def _window_mask(size: tuple[int, int], window: tuple[int, int], device: torch.d
     return ((rows < size[0]) & (cols < size[1])).flatten(2).flatten(0, 1)[:, None, None]
 
 
-def window_attention(
+def _attend_in_windows(
     qkv: Tensor,
     rel_pos_bias: Tensor | None,
     num_heads: int,
     window_size: tuple[int, int],
-    fused: bool = True,
+    fused: bool,
 ) -> Tensor:
-    """Multi-head self-attention inside non-overlapping windows that tile the map.
-
-        out_a = sum_b softmax_b(q_a . k_b / sqrt(d) + bias[a - b]) v_b,  a, b in the same window
-
-    A map smaller than the window is one window. A map that windows do not divide is continued by
-    padding at the bottom and right that takes no part in any softmax.
-
-    Args:
-        qkv: [B, H, W, 3*C], queries, keys and values one after the other, heads inside each.
-        rel_pos_bias: [(2*Wh-1) * (2*Ww-1), h] or None.
-        num_heads: h.
-        window_size: (Wh, Ww) in tokens.
-        fused: PyTorch's fused attention; otherwise matrix products (for exporters).
-
-    Returns:
-        [B, H, W, C].
-
-    Raises:
-        ValueError: qkv is no map or, outside of traces, its channels are not those of three
-            projections of num_heads heads.
-    """
-    if qkv.dim() != 4:
-        raise ValueError(f"qkv must be a channels-last map [B, H, W, 3*C], got {list(qkv.shape)}")
+    """`window_attention` of what has been checked."""
     batch, height, width, channels = qkv.shape
-    if not torch.jit.is_tracing() and channels % (3 * num_heads) != 0:  # traces have tensors there
-        raise ValueError(
-            f"qkv must have 3 * num_heads = {3 * num_heads} times the channels of a head, "
-            f"got {channels}"
-        )
     # a map smaller than the window is a window of its own: same pairs, same biases
-    window = (min(window_size[0], height), min(window_size[1], width))
+    # (a number behind a guard where sizes are symbols: a minimum would enter all that follows)
+    window = (
+        window_size[0] if height >= window_size[0] else height,
+        window_size[1] if width >= window_size[1] else width,
+    )
     # Sizes are products of counts, and no reshape infers one: with symbolic sizes (compiling for
     # any size) proving divisibility takes minutes.
     rows = (height + window[0] - 1) // window[0]
@@ -116,3 +93,49 @@ def window_attention(
     out = out.permute(0, 1, 4, 2, 5, 3, 6)
     out = out.reshape(batch, rows * window[0], cols * window[1], num_heads * head_dim)
     return out[:, :height, :width]
+
+
+# Traces follow a function's branches for other sizes only as a script.
+_for_any_size = torch.jit.script_if_tracing(_attend_in_windows)
+
+
+def window_attention(
+    qkv: Tensor,
+    rel_pos_bias: Tensor | None,
+    num_heads: int,
+    window_size: tuple[int, int],
+    fused: bool = True,
+) -> Tensor:
+    """Multi-head self-attention inside non-overlapping windows that tile the map.
+
+        out_a = sum_b softmax_b(q_a . k_b / sqrt(d) + bias[a - b]) v_b,  a, b in the same window
+
+    A map smaller than the window is one window. A map that windows do not divide is continued by
+    padding at the bottom and right that takes no part in any softmax.
+
+    Args:
+        qkv: [B, H, W, 3*C], queries, keys and values one after the other, heads inside each.
+        rel_pos_bias: [(2*Wh-1) * (2*Ww-1), h] or None.
+        num_heads: h.
+        window_size: (Wh, Ww) in tokens.
+        fused: PyTorch's fused attention; otherwise matrix products (for exporters).
+
+    Returns:
+        [B, H, W, C].
+
+    Raises:
+        ValueError: qkv is no map or, outside of traces, its channels are not those of three
+            projections of num_heads heads.
+    """
+    if qkv.dim() != 4:
+        raise ValueError(f"qkv must be a channels-last map [B, H, W, 3*C], got {list(qkv.shape)}")
+    channels = qkv.shape[3]
+    if not torch.jit.is_tracing() and channels % (3 * num_heads) != 0:  # traces have tensors there
+        raise ValueError(
+            f"qkv must have 3 * num_heads = {3 * num_heads} times the channels of a head, "
+            f"got {channels}"
+        )
+    if not torch.jit.is_scripting():  # noqa: SIM102 (scripts skip such a branch by itself alone)
+        if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
+            return _for_any_size(qkv, rel_pos_bias, num_heads, window_size, fused)
+    return _attend_in_windows(qkv, rel_pos_bias, num_heads, window_size, fused)

@@ -52,9 +52,13 @@ def qna_offsets(
                 shifted = shifted + rel_pos_bias[ky * kernel_w + kx]
             biased.append(shifted)
     weight = _weights(torch.stack(biased), query_weight)
-    out = torch.zeros_like(value[:, :out_h, :out_w])
+    # the sum begins with a product: traces keep the batch of zeros
+    first = value[:, : (out_h - 1) * stride + 1 : stride, : (out_w - 1) * stride + 1 : stride]
+    out = weight[0] * first
     for ky in range(kernel_h):
         for kx in range(kernel_w):
+            if ky + kx == 0:
+                continue
             rows = value[:, ky : ky + (out_h - 1) * stride + 1 : stride]
             tokens = rows[:, :, kx : kx + (out_w - 1) * stride + 1 : stride]
             out = torch.addcmul(out, weight[ky * kernel_w + kx], tokens)
@@ -89,8 +93,11 @@ def _by_rows(
     if rel_pos_bias is not None:
         biased = biased + rel_pos_bias[:, None, None, None]
     weight = _weights(biased, query_weight).unflatten(0, (kernel_h, kernel_w))
-    out = torch.zeros_like(value[:, : shift.shape[1], : shift.shape[2]])
+    sums = []
     for ky in range(kernel_h):
         row = value[:, ky : ky + rows : stride].unfold(2, kernel_w, stride)
-        out = out + (weight[ky] * row.movedim(-1, 0)).sum(dim=0)
+        sums.append((weight[ky] * row.movedim(-1, 0)).sum(dim=0))
+    out = sums[0]
+    for more in sums[1:]:
+        out = out + more
     return out.flatten(3)

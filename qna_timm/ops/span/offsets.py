@@ -118,9 +118,12 @@ def span_offsets(
         scores = scores.masked_fill(total == 0.0, float("-inf"))
         exps = (scores - scores.detach().amax(dim=4, keepdim=True)).exp()
         attn = exps * mask / (exps * total).sum(dim=4, keepdim=True)
-    out = torch.zeros_like(query)
     attn = attn.unflatten(4, (kernel_size, kernel_size)).unsqueeze(6)
+    sums = []
     for dy in range(kernel_size):
         seen = value[:, dy : dy + height].unfold(2, kernel_size, 1).movedim(-1, 4)
-        out = out + (attn[:, :, :, :, dy] * seen).sum(dim=4)
+        sums.append((attn[:, :, :, :, dy] * seen).sum(dim=4))
+    out = sums[0]
+    for more in sums[1:]:
+        out = out + more
     return out.flatten(3)
