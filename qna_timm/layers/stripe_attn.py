@@ -87,9 +87,9 @@ def _stripes_of_any_size(
     mask: Tensor | None = None
     if down[0] * down[1] > height or across[0] * across[1] > width:
         mask = _stripe_mask(q, down, across)
-    q, k, v = (
-        _to_stripes(q, down, across), _to_stripes(k, down, across), _to_stripes(v, down, across)
-    )  # fmt: skip
+    q = _to_stripes(q, down, across)
+    k = _to_stripes(k, down, across)
+    v = _to_stripes(v, down, across)
     maps = v.unflatten(1, (down[1], across[1])).permute(0, 3, 1, 2)
     lepe = F.conv2d(maps, lepe_weight, lepe_bias, padding=1, groups=dim)
     out = _attend(q, k, v, mask, num_heads, drop, fused) + lepe.flatten(2).transpose(1, 2)
