@@ -244,6 +244,7 @@ def check_dataset_name(name: str, where: str = "--dataset") -> None:
     near = closest(name, known) or closest(rest or name, known)
     if kind not in _DATASET_KINDS or not rest:
         kinds = ", ".join(f"{valid}/NAME" for valid in _DATASET_KINDS[:-1])
+        near = near or closest(name, [f"{valid}/{rest}" for valid in _DATASET_KINDS[:-1]])
         raise UsageError(
             f"{where}: unknown dataset '{name}', expected sklearn/digits, {TINY_IMAGENET}, "
             f"{kinds}, or nothing for a folder{near}"

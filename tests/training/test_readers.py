@@ -112,3 +112,8 @@ def test_archive_of_images_without_folders(before: str, tmp_path: Path) -> None:
     args = parse_train_args(["--data-dir", str(tmp_path), "--device", "cpu"])
     with pytest.raises(UsageError, match="holds images directly; put them in one folder per class"):
         datasets.open_dataset(args, "train", True)
+
+
+def test_misspelt_prefix() -> None:
+    with pytest.raises(UsageError, match=r"unknown dataset 'wsd/birds'.*did you mean 'wds/birds'"):
+        datasets.open_datasets(arguments(name="wsd/birds"))

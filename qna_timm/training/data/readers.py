@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 import numbers
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,9 @@ def _check_class_map_is_whole(args: argparse.Namespace, reader: Any) -> None:
         )
 
 
-def _try_sample(args: argparse.Namespace, fields: Iterable[str], read: Any) -> None:
+def _try_sample(
+    args: argparse.Namespace, fields: Iterable[str], read: Callable[[], tuple[Any, Any]]
+) -> None:
     """Read a sample: its image may be damaged, but it has to be there, and a label.
 
     Args:
