@@ -160,8 +160,8 @@ def test_sbatch_tells_its_usage(folder: Path) -> None:
         ([], {}, "no name for the run"),
         (["--epochs", "3"], {}, "'--epochs': the run's name comes before"),
         (["run"], {"SLURM_SUBMIT_DIR": "/usr"}, "no train.py in /usr or above"),
-        (["run"], {"QNA_TIMM_VENV": "/nowhere"}, "no virtual environment in /nowhere"),
-        (["run"], {"QNA_TIMM_COPY": "/nowhere"}, "QNA_TIMM_COPY=/nowhere: no such"),
+        (["run"], {"QNA_TIMM_VENV": "no/venv"}, "no virtual environment in no/venv"),
+        (["run"], {"QNA_TIMM_COPY": "no/data"}, "QNA_TIMM_COPY=no/data: no such"),
         (["run"], {"QNA_TIMM_RESTARTS": "x"}, "QNA_TIMM_RESTARTS=x: not a whole number"),
     ],
 )
