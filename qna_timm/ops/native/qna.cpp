@@ -19,7 +19,7 @@ namespace qna {
 
 // To be raised with every change, here and in qna/native.py: an installation in place may hold an
 // older library.
-constexpr int64_t VERSION = 6;
+constexpr int64_t VERSION = 7;
 // Sum of |gradient of scores| below so much of the sum of |mean| that it is the difference of:
 // windows have one token of nearly all their weight there, and rounding is all that is left.
 constexpr float LEAST_DIFFERENCE = 1e-3f;

@@ -8,9 +8,15 @@
 
 namespace qna {
 
-// Time for a unit of `Grid::cost` over that for an offset of a window and a channel of it: where
-// both ways took the same, with AVX2.
-constexpr double FORWARD_COST = 0.22, BACKWARD_COST = 0.14;
+// What decides between transforms and direct sums: time for a unit of `Grid::cost` over that for an
+// offset of a window and a channel of it; what a window takes besides, in offsets; and how many
+// times as long windows apart take, and heads that fill more registers than there are. Measured with
+// AVX-512 and AVX2, which agree.
+struct Cost {
+    double transform, window, strided, wide;
+};
+constexpr Cost FORWARD_COST = {0.42, 20, 2.5, 2}, BACKWARD_COST = {0.2, 0, 1.5, 2};
+constexpr int64_t WIDE_HEAD = 16;
 
 // Channels of a head, or of as many whole heads as a vector holds.
 struct Group {
@@ -100,8 +106,12 @@ struct Fourier {
         const double maps = double(LANES * (p.queries * groups * vectors + packs));
         // channels are read for two queries at a time
         const double channels = double(parts(p.queries, 2) * p.channels + 3 * p.pairs);
-        const double direct = double(p.rows * p.window_places * p.offsets) * channels;
-        return maps * grid.cost() * (backward ? BACKWARD_COST : FORWARD_COST) < direct;
+        const Cost &cost = backward ? BACKWARD_COST : FORWARD_COST;
+        double each = (double(p.offsets) + cost.window) * channels;
+        if (p.stride > 1) each *= cost.strided;
+        if (p.dim > WIDE_HEAD) each *= cost.wide;
+        const double direct = double(p.rows * p.window_places) * each;
+        return maps * grid.cost() * cost.transform < direct;
     }
 
     Group group(int64_t i) const {
