@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from qna_timm.layers.called import must_be_called
-
 
 def _stripes_along(side: int, stripe: int) -> tuple[int, int]:
     """(number of stripes, tokens of each) along a side of the map; stripe 0 is the whole side."""
@@ -68,32 +66,42 @@ def _attend(
     return out.transpose(1, 2).flatten(2)
 
 
-@torch.jit.script_if_tracing
-def _stripes_of_any_size(
+def _value_maps(v: Tensor, stripe_size: tuple[int, int]) -> Tensor:
+    """[B, H, W, C] -> the values of each stripe, [S, C, rows, cols], channels last in memory."""
+    down = _stripes_along(v.shape[1], stripe_size[0])
+    across = _stripes_along(v.shape[2], stripe_size[1])
+    return _to_stripes(v, down, across).unflatten(1, (down[1], across[1])).permute(0, 3, 1, 2)
+
+
+def _attend_in_stripes(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
-    lepe_weight: Tensor,
-    lepe_bias: Tensor | None,
+    value_maps: Tensor,
+    lepe: Tensor,
     num_heads: int,
     stripe_size: tuple[int, int],
     drop: float,
     fused: bool,
 ) -> Tensor:
-    """`StripeAttention` for traces, which follow branches for other sizes only as a script."""
-    batch, height, width, dim = q.shape
+    """Maps q and k [B, H, W, C], values and their convolution as `_value_maps` -> [B, H, W, C]."""
+    batch, height, width, _ = q.shape
     down = _stripes_along(height, stripe_size[0])
     across = _stripes_along(width, stripe_size[1])
+    padded = down[0] * down[1] > height or across[0] * across[1] > width
     mask: Tensor | None = None
-    if down[0] * down[1] > height or across[0] * across[1] > width:
+    if padded:
         mask = _stripe_mask(q, down, across)
     q = _to_stripes(q, down, across)
     k = _to_stripes(k, down, across)
-    v = _to_stripes(v, down, across)
-    maps = v.unflatten(1, (down[1], across[1])).permute(0, 3, 1, 2)
-    lepe = F.conv2d(maps, lepe_weight, lepe_bias, padding=1, groups=dim)
+    v = value_maps.flatten(2).transpose(1, 2)  # S, N, C
     out = _attend(q, k, v, mask, num_heads, drop, fused) + lepe.flatten(2).transpose(1, 2)
-    return _from_stripes(out, batch, down, across)[:, :height, :width]
+    out = _from_stripes(out, batch, down, across)
+    return out[:, :height, :width] if padded else out
+
+
+# Traces follow a function's branches for other sizes only as a script.
+_value_maps_of_any_size = torch.jit.script_if_tracing(_value_maps)
+_attend_at_any_size = torch.jit.script_if_tracing(_attend_in_stripes)
 
 
 @register_notrace_module  # shapes decide whether there is a mask
@@ -142,42 +150,22 @@ class StripeAttention(nn.Module):
         self.fused_attn = use_fused_attn()
         self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
-    def _lepe(self, v: Tensor, rows: int, cols: int) -> Tensor:
-        """The values' convolution in every stripe, [S, N, C]."""
-        maps = v.unflatten(1, (rows, cols)).permute(0, 3, 1, 2)
-        return self.lepe(maps).flatten(2).transpose(1, 2)
-
-    @torch.jit.unused
-    def _is_traced(self) -> bool:
-        in_trace = torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
-        return in_trace and not must_be_called(self.lepe)
-
     @torch.jit.unused
     def _traced(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         drop = self.attn_drop if self.training else 0.0
-        weight, bias = self.lepe.weight, self.lepe.bias
+        maps = _value_maps_of_any_size(v, self.stripe_size)
         sizes = (self.num_heads, self.stripe_size, drop, self.fused_attn)
-        return _stripes_of_any_size(q, k, v, weight, bias, *sizes)
+        return _attend_at_any_size(q, k, maps, self.lepe(maps), *sizes)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 (scripts skip such a branch by itself alone)
-            if self._is_traced():
+            if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
                 return self._traced(q, k, v)
-        batch, height, width, _ = q.shape
-        down = _stripes_along(height, self.stripe_size[0])
-        across = _stripes_along(width, self.stripe_size[1])
-        padded = down[0] * down[1] > height or across[0] * across[1] > width
-        mask: Tensor | None = None
-        if padded:
-            mask = _stripe_mask(q, down, across)
-        q = _to_stripes(q, down, across)
-        k = _to_stripes(k, down, across)
-        v = _to_stripes(v, down, across)
         drop = self.attn_drop if self.training else 0.0
-        out = _attend(q, k, v, mask, self.num_heads, drop, self.fused_attn)
-        out = out + self._lepe(v, down[1], across[1])
-        out = _from_stripes(out, batch, down, across)
-        return out[:, :height, :width] if padded else out
+        maps = _value_maps(v, self.stripe_size)
+        return _attend_in_stripes(
+            q, k, maps, self.lepe(maps), self.num_heads, self.stripe_size, drop, self.fused_attn
+        )
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, stripe_size={self.stripe_size}"
