@@ -56,6 +56,21 @@ def test_gradcheck(impl: str, tables: str) -> None:
     assert torch.autograd.gradgradcheck(attention, leaves)
 
 
+def test_compiled_with_recomputed_activations() -> None:
+    """By the compiler itself: what it simplifies in a part that is computed again, it may lose."""
+    layer, before = LearnedQueryAttention(8, 2, kernel_size=3), torch.nn.Linear(8, 8)
+    x = torch.randn(2, 5, 6, 8)
+
+    def step(x: Tensor) -> Tensor:
+        return checkpoint(layer, before(x), use_reentrant=False).square().sum()
+
+    parameters = [*layer.parameters(), *before.parameters()]
+    wanted = torch.autograd.grad(step(x), parameters)
+    found = torch.autograd.grad(torch.compile(step, fullgraph=True)(x), parameters)
+    for grad, plain in zip(found, wanted, strict=True):
+        torch.testing.assert_close(grad, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_and_exported_graphs_hold_the_operator() -> None:
     tensors, args = single("stride-2")
     wanted = gradients(tensors, args, "auto")

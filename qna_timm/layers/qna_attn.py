@@ -196,6 +196,8 @@ class LearnedQueryAttention(nn.Module):
     def offset_bias(self, query: Tensor) -> Tensor | None:
         """Bias of each window offset [K, Q, h], for normalised queries [Q, h, d]."""
         if self.rel_pos_bias is not None:
+            if self.bias_scale == 1.0:  # compilers fail to drop a product with 1 in checkpoints
+                return self.rel_pos_bias
             return self.rel_pos_bias * self.bias_scale
         if self.pos_embed is not None:
             return (self.pos_embed.unflatten(2, (self.num_heads, -1)) * query).sum(dim=3)
