@@ -2,6 +2,9 @@
 
 import ast
 import csv
+import os
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -536,6 +539,7 @@ def test_closest_path_compares_names_not_folders(tmp_path, monkeypatch):
 def test_usage_errors_end_every_rank_with_2(monkeypatch, capsys, rank, printed):
     monkeypatch.setattr("sys.argv", ["/somewhere/train.py"])
     monkeypatch.setattr("qna_timm.training.errors.ignore_signals", lambda: None)
+    monkeypatch.setattr("qna_timm.training.errors._end", sys.exit)
     if rank is None:
         monkeypatch.delenv("RANK", raising=False)
     else:
@@ -553,3 +557,30 @@ def test_usage_errors_end_every_rank_with_2(monkeypatch, capsys, rank, printed):
     assert stop.value.code == 143
     with pytest.raises(ZeroDivisionError):
         run_cli(lambda: 1 // 0)
+
+
+ENDING = """
+import atexit, sys, threading, time
+from qna_timm.training.errors import run_cli
+
+class Last:
+    def __del__(self):
+        print("taken apart")
+
+def main():
+    threading.Thread(target=lambda: time.sleep(0.2) or print("thread")).start()
+    return 143
+
+kept, _ = Last(), atexit.register(print, "at exit")
+run_cli(main)
+"""
+
+
+@pytest.mark.parametrize("rank, last", [("", ["taken apart"]), ("1", [])])
+def test_one_of_several_processes_ends_before_objects_do(rank: str, last: list[str]) -> None:
+    """Else gloo's threads, which hold tensors, may abort it; all else is done as ever."""
+    command = [sys.executable, "-c", ENDING]
+    settings = {"capture_output": True, "text": True, "timeout": 100, "check": False}
+    done = subprocess.run(command, env={**os.environ, "RANK": rank}, **settings)
+    assert done.returncode == 143 and done.stderr == ""
+    assert done.stdout.split("\n") == ["thread", "at exit", *last, ""]
