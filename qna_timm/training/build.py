@@ -197,7 +197,7 @@ def load_as_pretrained(
     Raises:
         UsageError: Not a checkpoint, or not of this model.
     """
-    weights, metadata = read_weights(path)
+    weights, metadata = read_weights(path, prefer_ema=True)
     others = _other_classes(metadata, class_names)
     own_head = _fresh_head(model, weights, others)
     fresh = {key: value for key, value in own_head.items() if key in weights}
@@ -232,7 +232,7 @@ def load_as_pretrained(
         # Say it in one line if the tensors do not fit; else it is not about the file.
         check_weights(model, {**weights, **own_head}, metadata, path)
         raise
-    _report_weights(path, model, found, fresh, others)
+    _report_weights(path, model, found, fresh, others, metadata.get("ema", False))
 
 
 def load_initial(model: nn.Module, path: str, class_names: Sequence[str] | None = None) -> None:
@@ -241,12 +241,12 @@ def load_initial(model: nn.Module, path: str, class_names: Sequence[str] | None 
     Raises:
         UsageError: Not a checkpoint, or not of this model.
     """
-    weights, metadata = read_weights(path)
+    weights, metadata = read_weights(path, prefer_ema=True)
     others = _other_classes(metadata, class_names)
     fresh = _fresh_head(model, weights, others)
     check_weights(model, {**weights, **fresh}, metadata, path)
     model.load_state_dict({**weights, **fresh})
-    _report_weights(path, model, weights, fresh, others)
+    _report_weights(path, model, weights, fresh, others, metadata.get("ema", False))
 
 
 def _other_classes(metadata: Mapping[str, Any], names: Sequence[str] | None) -> str:
@@ -281,9 +281,10 @@ def _report_weights(
     found: Mapping[str, Tensor],
     fresh: Mapping[str, Tensor],
     others: str,
+    is_ema: bool,
 ) -> None:
     """Say what was loaded, and that a classifier is fresh where the one `found` did not fit."""
-    _logger.info("weights: %s", path)
+    _logger.info("weights%s: %s", ", averaged" if is_ema else "", path)
     if fresh:
         classes = {classes_of(key, found[key]) for key in fresh if key in found}
         has = f"{min(classes)} classes" if classes else "no classifier"
@@ -300,7 +301,7 @@ def _report_weights(
 
 
 def _initialise_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
-    """Scale the classifier's weights and fill its biases."""
+    """Scale the classifier, biases too as timm does, or fill its biases."""
     if scale is None and bias is None:
         return
     layers = [layer for layer in classifier_layers(model) if hasattr(layer, "weight")]
@@ -310,6 +311,8 @@ def _initialise_head(model: nn.Module, scale: float | None, bias: float | None) 
         for layer in layers:
             if scale is not None:
                 layer.weight.mul_(scale)
+                if layer.bias is not None:
+                    layer.bias.mul_(scale)
             if bias is not None and layer.bias is not None:
                 layer.bias.fill_(bias)
 

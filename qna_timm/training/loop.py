@@ -172,9 +172,6 @@ class Trainer:
                 )
                 if decision is not None and (decision.save or decision.signum):
                     between(number // args.grad_accum_steps + 1, decision)
-        if hasattr(self.optimizer, "sync_lookahead"):
-            self.optimizer.sync_lookahead()
-            self.task.post_step()
         return self.mean.compute()
 
     def _begin_epoch(self, loader: ImageLoader, epoch: int, start: int) -> None:

@@ -196,7 +196,9 @@ class Session:
                 averaged = self._evaluate(ema=True)
                 evaluated.update({name + EMA: value for name, value in averaged.items()})
         if trainer.schedule is not None:
-            trainer.schedule.step(epoch + 1, evaluated.get(args.eval_metric))
+            # as timm has it, a plateau is one of the averaged weights where they are evaluated
+            own = evaluated.get(args.eval_metric)
+            trainer.schedule.step(epoch + 1, evaluated.get(args.eval_metric + EMA, own))
         if trainer.skipped:
             losses["skipped_updates"] = trainer.skipped
         metrics = epoch_text(losses, evaluated, getattr(task, "num_branches", None))

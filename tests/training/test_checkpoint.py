@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import errno
 import json
 import pickle
 from pathlib import Path
@@ -90,7 +91,8 @@ def test_timm_checkpoints_are_read(tmp_path: Path, ema: bool) -> None:
     torch.save(content, path)
     model = make(1)
     metadata = load_weights(model, path, use_ema=ema)
-    assert metadata == {"arch": "test_vit", "epoch": 7, "metric": 71.5}
+    about = {"arch": "test_vit", "epoch": 7, "metric": 71.5}
+    assert metadata == about | ({"ema": True} if ema else {})
     assert same_weights(model, make(5 if ema else 0))
 
 
@@ -203,6 +205,30 @@ def test_first_weights_keep_a_fitting_head(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--pretrained-path", "--initial-checkpoint"])
+def test_first_weights_are_the_averaged_ones_of_a_timm_checkpoint(
+    tmp_path: Path, flag: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "last.pth.tar"
+    both = {"state_dict": make(0).state_dict(), "state_dict_ema": make(1).state_dict()}
+    torch.save({"arch": "test_vit", **both}, path)
+    with caplog.at_level("INFO"):
+        assert same_weights(build_model(model_args("test_vit", flag, path), 3), make(1))
+    assert f"weights, averaged: {path}" in caplog.text
+
+
+def test_scaled_head(tmp_path: Path) -> None:
+    """Biases with it, as in timm: they are of what was loaded, and not 0."""
+    path, source = tmp_path / "resnet.pth", make(0, name="test_resnet")
+    torch.save(source.state_dict(), path)
+    args = model_args("test_resnet", "--initial-checkpoint", path)
+    args.head_init_scale = 0.5
+    head = build_model(args, 3).get_classifier()
+    assert source.fc.bias.abs().min() > 0
+    assert torch.equal(head.weight, 0.5 * source.fc.weight)
+    assert torch.equal(head.bias, 0.5 * source.fc.bias)
+
+
+@pytest.mark.parametrize("flag", ["--pretrained-path", "--initial-checkpoint"])
 def test_first_weights_of_other_classes_leave_a_fresh_head(
     saved: Path, flag: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -302,19 +328,19 @@ def test_better(metric: float | None, than: float | None, minimise: bool, expect
 def test_saver_keeps_what_it_says(tmp_path: Path) -> None:
     saver = Saver(tmp_path, METADATA, metric_name="top1", keep=2, milestones=[1])
     scores = [50.0, 70.0, float("nan"), 60.0, 70.0]
-    averages = [20.0, 30.0, 40.0, 35.0, 10.0]
+    averages = [20.0, 40.0, 60.0, 35.0, 50.0]
     for epoch, (score, average) in enumerate(zip(scores, averages, strict=True)):
         saver.save(epoch, make(epoch), make(100 + epoch), {"top1": score, "top1_ema": average})
     names = sorted(path.name for path in tmp_path.iterdir())
-    stems = ["best", "checkpoint-1", "checkpoint-4", "last", "milestone-1"]
+    stems = ["best", "checkpoint-2", "checkpoint-4", "last", "milestone-1"]
     assert names == sorted(f"{stem}{kind}.safetensors" for stem in stems for kind in ("", "_ema"))
     expected = {
         "best": 1,
         "best_ema": 102,
         "last": 4,
         "last_ema": 104,
-        "checkpoint-1": 1,
-        "checkpoint-4": 4,
+        "checkpoint-2": 2,
+        "checkpoint-4_ema": 104,
         "milestone-1_ema": 100,
     }
     for name, seed in expected.items():
@@ -328,7 +354,7 @@ def test_saver_keeps_what_it_says(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "new"):
         again = Saver(folder, METADATA, metric_name="top1", keep=2)
         again.adopt(state, tmp_path)
-        again.save(5, make(5), None, {"top1": 69.0})
+        again.save(5, make(5), None, {"top1": 49.0})
         model = make(999)
         load_weights(model, folder / "best.safetensors")
         assert same_weights(model, make(1)), "a worse epoch after a resume must not be the best"
@@ -362,6 +388,7 @@ def test_epochs_that_are_trained_anew_are_not_the_best(tmp_path: Path) -> None:
     state = json.loads(json.dumps(saver.state_dict()))
     again = Saver(tmp_path, METADATA, metric_name="top1", keep=2)
     again.adopt(state, tmp_path, before=1)
+    assert again.kept == []
     again.save(1, make(10), None, {"top1": 60.0})
     assert again.best[""]["epoch"] == 1
     assert read_metadata(tmp_path / "best.safetensors")["metric"] == 60
@@ -373,6 +400,31 @@ def test_of_equal_epochs_the_earlier_is_kept(tmp_path: Path) -> None:
     for epoch in range(2):
         saver.save(epoch, make(epoch), None, {"top1": 50.0})
     assert [entry["epoch"] for entry in saver.kept] == [0] and saver.best[""]["epoch"] == 0
+
+
+def test_kind_with_the_lesser_loss_is_the_best(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, METADATA, metric_name="loss", keep=1)
+    saver.save(0, make(0), make(100), {"loss": 2.0, "loss_ema": 1.0})
+    assert saver.best_kind() == "_ema" and saver.best_file().name == "best_ema.safetensors"
+
+
+def test_failure_behind_the_best_of_averages_without_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is known as best is what is on disk: they follow the model's metric."""
+    saver = Saver(tmp_path, METADATA, metric_name="top1", keep=1)
+    saver.save(0, make(0), make(100), {"top1": 50.0})
+    copy_last = Saver._copy_last
+
+    def failing(self: Saver, name: str, kind: str) -> None:
+        copy_last(self, name, kind)
+        if (name, kind) == ("best", "_ema"):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Saver, "_copy_last", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        saver.save(1, make(1), make(101), {"top1": 60.0})
+    assert saver.best["_ema"] == {"epoch": 1, "metric": 60.0, "measured": False}
 
 
 def test_norms_of_splits_stay_out_of_weights(tmp_path: Path) -> None:

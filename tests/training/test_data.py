@@ -461,6 +461,8 @@ class TestFolders:
     def test_image_mode_that_does_not_fit(self, root: Path) -> None:
         with pytest.raises(UsageError, match=r"'rgb' is no image mode.*'RGB'"):
             self.open(root, "--input-img-mode", "rgb")
+        with pytest.raises(UsageError, match=r"^--aa rand-m9: .* found --input-img-mode RGBA$"):
+            self.open(root, "--input-img-mode", "RGBA", "--in-chans", "4", "--aa", "rand-m9")
         args = train_args("--data-dir", str(root), "--input-img-mode", "L", "-b", "2")
         with pytest.raises(UsageError, match="L gives 1 channels, but the model takes 3"):
             datasets.create_train_loader(datasets.open_datasets(args)[0], args, CONFIG, device=CPU)

@@ -358,6 +358,24 @@ def test_signal_before_the_first_epoch(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plateau_is_one_of_the_averages(
+    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in timm: of the weights that are averaged, where there are some."""
+
+    def metrics(self: Session, ema: bool) -> dict[str, float]:
+        return {"loss": 1.0, "top1": 10.0 if ema else 20.0 + self.position.epoch, "top5": 50.0}
+
+    monkeypatch.setattr(Session, "_evaluate", metrics)
+    flags = "--sched plateau --patience-epochs 0 --warmup-epochs 0 --epochs 4 --max-steps 1"
+    for name, averages in (("own", []), ("averaged", ["--model-ema"])):
+        argv = digits(tmp_path, *flags.split(), *averages, "--experiment", name)
+        assert train.main(argv) == 0
+    rates = {n: [float(row["lr"]) for row in summary(tmp_path / n)] for n in ("own", "averaged")}
+    assert rates["own"] == [1e-3] * 4
+    assert rates["averaged"] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-5])
+
+
 def test_deferred_signals_wait() -> None:
     with StopSignals() as signals:
         signals.defer()

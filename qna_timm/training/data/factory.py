@@ -35,6 +35,11 @@ def image_mode(args: argparse.Namespace) -> str:
                 f"--input-img-mode {args.input_img_mode!r} is no image mode of Pillow"
                 f"{closest(args.input_img_mode, Image.MODES)}"
             )
+        if getattr(args, "aa", None) and args.input_img_mode not in ("L", "RGB"):
+            raise UsageError(
+                f"--aa {args.aa}: its operations are for images of modes L and RGB, found "
+                f"--input-img-mode {args.input_img_mode}"
+            )
         return args.input_img_mode
     channels = args.input_size[0] if args.input_size else args.in_chans
     return "RGB" if channels is None else default_image_mode(channels)

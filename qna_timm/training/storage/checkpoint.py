@@ -152,7 +152,7 @@ def stored_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_weights(
-    path: str | Path, use_ema: bool = False
+    path: str | Path, use_ema: bool = False, prefer_ema: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and metadata of a checkpoint file or run folder, on the CPU.
 
@@ -162,6 +162,8 @@ def read_weights(
     Args:
         path: File, or run folder (its best weights, else its last).
         use_ema: Take the averaged weights if there are any.
+        prefer_ema: Do so within a file that holds both, as timm does where it loads weights to
+            start from; the metadata's ``ema`` says whether it had them.
 
     Raises:
         UsageError: There is no such file, or it is damaged or not a checkpoint.
@@ -176,21 +178,23 @@ def read_weights(
             return load_file(path), stored_metadata(path)
     with _readable(path):
         checkpoint = _torch_load(path)
-        weights = _weights_entry(checkpoint, use_ema)
+        weights, is_ema = _weights_entry(checkpoint, use_ema or prefer_ema)
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UsageError(f"{path}: not a checkpoint (no dictionary of tensors inside)")
-    return clean_state_dict(weights), _foreign_metadata(checkpoint)
+    metadata = _foreign_metadata(checkpoint)
+    return clean_state_dict(weights), {**metadata, "ema": True} if is_ema else metadata
 
 
-def _weights_entry(checkpoint: Any, use_ema: bool) -> dict[str, Tensor]:
-    """The state dict inside what ``torch.load`` returned, under the names timm and others use."""
+def _weights_entry(checkpoint: Any, use_ema: bool) -> tuple[dict[str, Tensor], bool]:
+    """The state dict inside what ``torch.load`` returned, under the names timm and others use, and
+    whether it is that of averaged weights."""
     if not isinstance(checkpoint, Mapping):
-        return {}
+        return {}, False
     ema_keys = ("state_dict_ema", "model_ema") if use_ema else ()
     for key in (*ema_keys, "state_dict", "model"):
         if isinstance(checkpoint.get(key), Mapping):
-            return dict(checkpoint[key])
-    return dict(checkpoint)
+            return dict(checkpoint[key]), key in ema_keys
+    return dict(checkpoint), False
 
 
 def load_weights(model: nn.Module, path: str | Path, use_ema: bool = False) -> dict[str, Any]:

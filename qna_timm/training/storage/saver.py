@@ -118,7 +118,7 @@ class Saver:
         try:
             self._save(epoch, kinds, metrics, update)
         except OSError:
-            self._take_stock(epoch, list(kinds), metrics.get(self.metric_name))
+            self._take_stock(epoch, list(kinds), metrics)
             raise
 
     def _save(
@@ -146,7 +146,7 @@ class Saver:
                 self.best[kind] = {"epoch": epoch, "metric": metric, "measured": own is not None}
             if epoch + 1 in self.milestones:
                 self._copy_last(f"milestone-{epoch + 1}", kind)
-        self._keep_best(epoch, list(kinds), metrics.get(self.metric_name))
+        self._keep_best(epoch, list(kinds), self._rank_metric(metrics))
 
     def _keep_best(self, epoch: int, kinds: list[str], metric: float | None) -> None:
         """Keep this epoch's weights if it is one of the best so far, and drop the one it beats."""
@@ -163,6 +163,10 @@ class Saver:
                 self._file(f"checkpoint-{entry['epoch']}", kind).unlink(missing_ok=True)
             self.kept.remove(entry)
 
+    def _rank_metric(self, metrics: Mapping[str, float]) -> float | None:
+        """What epochs are kept by: as in timm of the averaged weights where they are evaluated."""
+        return metrics.get(self.metric_name + EMA, metrics.get(self.metric_name))
+
     def _ranked(self, epoch: int, metric: float) -> list[dict[str, Any]]:
         """The epochs kept and this one, the best first."""
         # After a resume that goes back, an epoch is done a second time.
@@ -174,8 +178,9 @@ class Saver:
             reverse=not self.minimise,
         )
 
-    def _take_stock(self, epoch: int, kinds: list[str], metric: float | None) -> None:
+    def _take_stock(self, epoch: int, kinds: list[str], metrics: Mapping[str, float]) -> None:
         """After a failure, know as best and kept what is on disk."""
+        metric, rank = metrics.get(self.metric_name), self._rank_metric(metrics)
         for kind in kinds:
             try:
                 found = stored_metadata(self._file("best", kind))
@@ -189,8 +194,8 @@ class Saver:
         if not self._file(f"checkpoint-{epoch}", "").is_file():
             with suppress(OSError):  # what had no room may not leave the half of itself
                 self._file(f"checkpoint-{epoch}", EMA).unlink(missing_ok=True)
-        elif metric is not None and not math.isnan(metric):
-            self.kept = self._ranked(epoch, metric)
+        elif rank is not None and not math.isnan(rank):
+            self.kept = self._ranked(epoch, rank)
         self.kept = [
             entry for entry in self.kept if self._file(f"checkpoint-{entry['epoch']}", "").is_file()
         ]
