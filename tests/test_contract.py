@@ -198,8 +198,26 @@ def test_no_heads_without_the_fused_map(name: str) -> None:
     model.prune_intermediate_layers([0], prune_norm=True)
     with pytest.raises(ValueError, match=r"^the fused map was pruned, .* got 5 and None$"):
         model.reset_classifier(5)
+    with pytest.raises(ValueError, match=r"^the fused map was pruned, .* got 0 and 'gram'$"):
+        model.reset_classifier(0, "gram")
     model.reset_classifier(0)
     assert model.eval()(images(name)).ndim == 4
+
+
+@pytest.mark.parametrize("name", GRAMIAN)
+def test_maps_beside_the_fused_one(name: str) -> None:
+    """The same as without it: ends of stages, not what is tapped between their blocks."""
+    model, x = small(name).eval(), images(name)
+    with torch.no_grad():
+        for place, parameter in model.named_parameters():
+            if place.endswith("gamma"):  # a layer scale that begins small hides what a block does
+                parameter.fill_(1.0)
+        features, maps = model.forward_intermediates(x)
+        wanted = model.forward_intermediates(x, intermediates_only=True)
+        torch.testing.assert_close(features, model.forward_features(x))
+    assert len(maps) == len(wanted) == len(model.feature_info)
+    for found, alone in zip(maps, wanted, strict=True):
+        torch.testing.assert_close(found, alone)
 
 
 @pytest.mark.thorough

@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -423,6 +424,43 @@ def test_layer_decay_reaches_every_parameter() -> None:
     ordered = (model.stem[0].conv, model.stages[0].blocks[0].qkv, model.stages[3].blocks[0].qkv)
     scales = [scale[id(module.weight)] for module in (*ordered, model.head.fc)]
     assert scales == sorted(set(scales)) and scales[-1] == 1.0
+
+
+HEADS_OF_STAGES = {
+    "cswin_tiny": (2, 4, 8, 16),
+    "cswin_small": (2, 4, 8, 16),
+    "cswin_base": (4, 8, 16, 32),
+    "cswin_large": (6, 12, 24, 24),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_OF_STAGES)
+def test_what_counts_of_parameters_do_not_show(name: str) -> None:
+    model = timm.create_model(name, device="meta")
+    for stage, heads, split in zip(model.stages, HEADS_OF_STAGES[name], (1, 2, 7, 0), strict=True):
+        for block in stage.blocks:
+            assert sum(attn.num_heads for attn in block.attn) == heads
+            assert {attn.stripe_size for attn in block.attn} == {(0, split), (split, 0)}
+            assert block.norm1.eps == block.norm2.eps == 1e-5
+    assert model.norm.eps == 1e-5
+
+
+def test_layer_groups() -> None:
+    """What leads into a stage belongs to its first block, the norm to the last."""
+    model = timm.create_model("cswin_tiny", depths=(1, 1, 2, 1), device="meta")
+    groups = list(group_parameters(model, model.group_matcher()).values())
+    wanted = [
+        ["stem"],
+        ["stages.0.blocks.0"],
+        ["stages.1.blocks.0", "stages.1.downsample"],
+        ["stages.2.blocks.0", "stages.2.downsample"],
+        ["stages.2.blocks.1"],
+        ["norm", "stages.3.blocks.0", "stages.3.downsample"],
+        ["head"],
+    ]
+    for group, places in zip(groups, wanted, strict=True):
+        assert all(any(name.startswith(f"{place}.") for place in places) for name in group)
+        assert all(any(name.startswith(f"{place}.") for name in group) for place in places)
 
 
 @pytest.mark.parametrize("key", ["state_dict_ema", "state_dict", "model", None])

@@ -53,3 +53,12 @@ def test_init_weights_of_pruned_models(name: str) -> None:
     model.prune_intermediate_layers([0], prune_norm=True)
     model.init_weights()
     assert model(torch.randn(2, 3, 64, 64)).isfinite().all()
+
+
+def test_branches_come_back_as_they_were_made() -> None:
+    """Without pooling there are none; with classes again they begin as this family's do."""
+    model = timm.create_model("ga_cswin_tiny", num_classes=7, **MODELS["ga_cswin_tiny"])
+    before = model.head.gram_proj.weight.std().item()
+    model.reset_classifier(0, "")
+    model.reset_classifier(7)
+    assert model.head.gram_proj.weight.std().item() == pytest.approx(before, rel=0.3)

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from golden import arrays, flax_params, images, info, projection, relative_error
-from timm.models import FeatureInfo
+from timm.models import FeatureInfo, group_parameters
 from timm.optim import create_optimizer_v2
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -283,11 +283,25 @@ def test_set_input_size() -> None:
         model.set_input_size(window_size=(7, 7))
 
 
+def test_set_input_size_is_remembered() -> None:
+    """Sizes and windows are what the next call starts from; frozen tables stay frozen."""
+    model = small_model(head_type="qna_v1").requires_grad_(False)
+    windows = model.window_size
+    model.set_input_size((80, 128))
+    assert model.img_size == (80, 128) and model.window_size == ((5, 8), (5, 8), (2, 4), (3, 4))
+    assert model.stages[2].blocks[0].attn.window_size == (2, 4)
+    assert model.attn_pool.kernel_size == (3, 4), "part of a token is a token"
+    model.set_input_size(64)
+    assert model.window_size == windows == ((4, 4), (4, 4), (2, 2), (2, 2))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("head_type", ["qna_v1", "qna_v2"])
 def test_query_head_at_other_sizes(head_type: str) -> None:
     model = small_model(head_type=head_type)
     x = torch.randn(2, 3, 96, 160)
     with torch.no_grad():
+        assert model(x[..., :96]).shape == (2, 10)
         before = model(x)
         model.set_input_size((96, 160), window_size=(4, 4, 2, 2))
         torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
@@ -340,6 +354,8 @@ def test_weight_decay_groups() -> None:
     assert len(model.no_weight_decay()) == every == 26
     ones = small_model(query_weight="ones")
     assert not any("query_weight" in name for name in ones.no_weight_decay())
+    shared = small_model(query_weight="normal_elementwise")
+    assert any("query_weight" in name for name in shared.no_weight_decay())
     optimizer = create_optimizer_v2(model, opt="adamw", weight_decay=0.05, filter_bias_and_bn=False)
     exempt = sum(len(g["params"]) for g in optimizer.param_groups if g["weight_decay"] == 0)
     assert exempt == 26
@@ -353,6 +369,68 @@ def test_layer_decay_reaches_every_parameter() -> None:
     head = {id(p) for p in model.head.parameters()}
     top = {id(p) for g in optimizer.param_groups if g["lr_scale"] == 1.0 for p in g["params"]}
     assert head <= top and not any(id(p) in top for p in model.stem.parameters())
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_layer_groups(coarse: bool) -> None:
+    """A strided block belongs to the first block behind it, norm and attention pool to the last."""
+    model = small_model(head_type="qna_v1", stem_type="resnet")
+
+    def place(name: str) -> str:
+        first, *rest = name.split(".")
+        if first != "stages" or coarse:
+            return ".".join([first, *rest[:1]]) if first == "stages" else first
+        return ".".join([first, *rest[: 2 if rest[1] == "downsample" else 3]])
+
+    groups = group_parameters(model, model.group_matcher(coarse=coarse)).values()
+    stages = [
+        ["stages.0.blocks.0"],
+        ["stages.1.blocks.0", "stages.1.downsample"],
+        ["stages.2.blocks.0", "stages.2.downsample"],
+        ["stages.2.blocks.1"],
+        ["attn_pool", "norm", "stages.3.blocks.0", "stages.3.downsample"],
+    ]
+    wanted = [["stem"], *stages, ["head"]]
+    if coarse:
+        wanted = [["stem"], *([f"stages.{i}"] for i in range(4)), ["attn_pool", "head", "norm"]]
+    assert [sorted({place(name) for name in group}) for group in groups] == wanted
+
+
+def test_windows_of_learned_queries_stage_by_stage() -> None:
+    """A strided block has the window of the stage before it."""
+    model = small_model(kernel_size=(3, 5, 7, 3))
+    sides = {
+        name: layer.kernel_size[0]
+        for name, layer in model.named_modules()
+        if isinstance(layer, LearnedQueryAttention)
+    }
+    assert sides == {
+        "stages.0.blocks.0.attn": 3,
+        "stages.1.downsample.attn": 3,
+        "stages.1.blocks.0.attn": 5,
+        "stages.2.downsample.attn": 5,
+        "stages.2.blocks.1.attn": 7,
+        "stages.3.downsample.attn": 7,
+    }
+
+
+@pytest.mark.parametrize("head_type", ["gap", "qna_v1"])
+def test_pruning(head_type: str) -> None:
+    """What is left of the network is one of fewer stages: its map, its widths, its windows."""
+    x = torch.randn(2, 3, 64, 64)
+    model = small_model(head_type=head_type)
+    (wanted,) = model.forward_intermediates(x, [1], norm=True, intermediates_only=True)
+    (early,) = model.forward_intermediates(
+        x, [1], norm=True, stop_early=True, intermediates_only=True
+    )
+    torch.testing.assert_close(early, wanted)
+    assert model.prune_intermediate_layers([1]) == [1]
+    torch.testing.assert_close(model(x).permute(0, 3, 1, 2), wanted)
+    assert model.num_features == model.head_hidden_size == 64
+    model.set_input_size(96)
+    assert len(model.window_size) == 2
+    model.reset_classifier(5, "catavgmax")
+    assert model(x).shape == (2, 5) and model.head_hidden_size == 128
 
 
 def test_gradient_checkpointing_gradients() -> None:

@@ -12,6 +12,7 @@ import timm
 import torch
 from golden import arrays, images, info, relative_error, released_span
 from timm.layers import ConvNormAct
+from timm.models import group_parameters
 from timm.models._features_fx import create_feature_extractor
 from timm.optim import create_optimizer_v2
 from torch import Tensor
@@ -276,6 +277,14 @@ def test_weight_decay_and_layer_decay() -> None:
         assert group["weight_decay"] == 0 or not spans & {id(p) for p in group["params"]}
     optimizer = create_optimizer_v2(model, opt="sgd", layer_decay=0.5)
     assert {g["lr_scale"] for g in optimizer.param_groups} == {1.0, 0.5, 0.25, 0.125, 0.0625}
+
+
+def test_layer_groups() -> None:
+    """Stem, blocks (or stages) and head."""
+    model = timm.create_model("sa_resnet_large_cnn", device="meta")
+    for coarse, layers in ((False, 1 + 9 + 1), (True, 1 + 4 + 1)):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse))
+        assert len(groups) == layers
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -50,9 +50,10 @@ class GramianBackbone(GramianNet):
 
         timm.create_model("ga_backbone", backbone="resnet18", num_classes=10, num_branches=3)
 
-    The backbone is cut after its last tap; its own norm (unless `tap_norm`) and classifier go. It
-    keeps its initialisation, or weights; fusion and heads are initialised as the released
-    ConvNeXts are. Images of the sizes that the backbone takes.
+    The backbone is asked for its maps by timm's `forward_intermediates`, and not called: hooks on
+    its parts fire, FSDP2 takes those for units. It is cut after its last tap; its own norm (unless
+    `tap_norm`) and classifier go. It keeps its initialisation, or weights; fusion and heads are
+    initialised as the released ConvNeXts are. Images of the sizes that the backbone takes.
 
     Args:
         backbone: timm's name of a model, with or without the tag of its weights.

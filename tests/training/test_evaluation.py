@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,17 @@ from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from qna_timm.training import evaluation
 from qna_timm.training.errors import UsageError
 from qna_timm.training.evaluation import evaluate
 from qna_timm.training.observers import ClassCounts, ImageCount, RealLabels
 from qna_timm.training.reporting.progress import Progress, format_duration
-from qna_timm.training.reporting.results import averaged_scores, class_table, format_table
+from qna_timm.training.reporting.results import (
+    averaged_scores,
+    class_table,
+    format_table,
+    write_results,
+)
 
 CPU = torch.device("cpu")
 SAMPLES, CLASSES = 23, 7  # neither a multiple of the batch nor of two processes
@@ -126,9 +133,38 @@ class TestClassCounts:
             best = loader.logits.argmax(1).numpy()[mine]
             share = 100 * (best == row["label"]).mean() if mine.any() else 0
             assert row["top1"] == pytest.approx(share, abs=0.01)
+            predicted = loader.logits.argmax(1).numpy() == row["label"]
+            right = (mine & predicted).sum()
+            precision = 100 * right / max(predicted.sum(), 1)
+            assert row["precision"] == pytest.approx(precision, abs=0.01)
+            f1_score = 200 * right / (mine.sum() + predicted.sum())
+            assert row["f1_score"] == pytest.approx(f1_score, abs=0.01)
         lines = format_table(rows).splitlines()
         assert len(lines) == len(rows) + 1
         assert "class 3" in lines[4]
+
+    def test_table_has_what_occurs_or_was_predicted(self) -> None:
+        counts = ClassCounts(4, CPU)
+        counts.update(torch.eye(4)[[1, 1, 3]], torch.tensor([1, 1, 1]))
+        rows = class_table(counts.totals(), None)
+        assert [(row["label"], row["images"]) for row in rows] == [(1, 3), (3, 0)]
+
+    @pytest.mark.parametrize("classes", [3, 6])
+    def test_right_among_five(self, classes: int) -> None:
+        """Or among all, where there are fewer."""
+        counts = ClassCounts(classes, CPU)
+        ranked = torch.arange(float(classes)).flip(0).expand(classes, -1)
+        counts.update(ranked, torch.arange(classes))
+        rows = class_table(counts.totals(), None)
+        assert [row["top5"] for row in rows] == [100.0 if i < 5 else 0.0 for i in range(classes)]
+
+
+def test_results_of_models_with_other_metrics(tmp_path: Path) -> None:
+    """Those with branches have more."""
+    rows = [{"model": "a", "top1": 1.5}, {"model": "b", "top1": 2.5, "agreement": 90.0}]
+    write_results(tmp_path / "results.csv", rows, "csv")
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert lines == ["model,top1,agreement", "a,1.5,", "b,2.5,90.0"]
 
 
 @pytest.fixture
@@ -217,6 +253,36 @@ class TestProgress:
         assert "loss 0.4, lr 1.00e-05" in lines[1]
         assert lines[-1].endswith("eta 0:00")
         assert "img/s" in lines[0]
+
+    def test_time_left_of_a_pass_that_is_gone_on_with(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The steps behind it have taken none of the time."""
+        caplog.set_level(logging.INFO)
+        now = [100.0]
+        monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+        progress = Progress(10, "train 1/2", log_interval=1, start_step=6)
+        now[0] += 30
+        progress.update(60)
+        (line,) = caplog.messages
+        assert line == "train 1/2 [7/10 70%] 2.0 img/s, eta 1:30"
+
+    def test_what_an_evaluation_shows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Percent, and the images of all processes."""
+        shown: list[tuple[int, dict[str, Tensor]]] = []
+        bar = SimpleNamespace(update=lambda images, **values: shown.append((images, values)))
+        metrics = evaluate(nn.Identity(), Rows(), device=CPU, progress=bar)
+        assert [images for images, _ in shown] == [5, 5, 5, 5, 3]
+        found = {name: value.item() for name, value in shown[-1][1].items()}
+        assert found == pytest.approx({name: metrics[name] for name in ("loss", "top1")})
+
+        def stop(batch: int) -> None:
+            raise InterruptedError
+
+        monkeypatch.setattr(evaluation, "process_place", lambda: (0, 2))
+        with pytest.raises(InterruptedError):
+            evaluate(nn.Identity(), Rows(), device=CPU, progress=bar, after_batch=stop)
+        assert shown[-1][0] == 10
 
     def test_values_are_read_only_when_shown(self, caplog: pytest.LogCaptureFixture) -> None:
         class Counting:

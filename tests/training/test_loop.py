@@ -1,17 +1,23 @@
 """The loop's arithmetic: accumulation, clipping, skipped steps, rates, losses, views."""
 
+import math
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qna_timm.training import loop
+from qna_timm.training.control import Control
 from qna_timm.training.errors import UsageError
+from qna_timm.training.flags.intervals import Interval
 from qna_timm.training.flags.recipe import parse_train_args
-from qna_timm.training.optim import create_schedule, learning_rate
+from qna_timm.training.loss_mean import LossMean
+from qna_timm.training.optim import create_schedule, current_lr, learning_rate
 from qna_timm.training.precision import Precision
 from qna_timm.training.processes.distributed import Processes
+from qna_timm.training.signals import StopSignals
 from qna_timm.training.task import TrainTask, create_loss
 from qna_timm.training.tta import AveragedViews
 from qna_timm.training.updates import num_updates
@@ -200,6 +206,19 @@ def test_skipped_updates_in_a_row_are_counted_anew() -> None:
     assert trainer.skipped_in_a_row == 0
 
 
+def test_a_skipped_update_counts_as_one() -> None:
+    """Rates, averages and the next save go by the updates behind the run, made or not."""
+    trainer, _ = trainer_for(linear(), "--on-nonfinite", "skip")
+    rates: list[int] = []
+    trainer.schedule = SimpleNamespace(step_update=lambda num_updates: rates.append(num_updates))
+    trainer.control = Control(trainer.processes, StopSignals(), Interval(updates=3))
+    data = batches(3)
+    data[1][0].fill_(torch.nan)
+    trainer.train_epoch(data, 0, "train")
+    assert (trainer.skipped, trainer.num_updates, rates) == (1, 3, [1, 2, 3])
+    assert trainer.control.decide().save
+
+
 def test_labels_beyond_the_model_are_told() -> None:
     """In data that does not name its classes they are seen only when they come."""
     data = [(torch.zeros(4, 5), torch.tensor([0, 1, 2, 3]))]
@@ -209,6 +228,31 @@ def test_labels_beyond_the_model_are_told() -> None:
     trainer, _ = trainer_for(model)
     with pytest.raises(UsageError, match=r"the label 3, but the model only 3 .*--num-classes 4"):
         trainer.train_epoch(loader, 0, "train")
+
+
+def test_losses_are_means_over_images() -> None:
+    """A smaller batch counts for less; of no image there is no mean."""
+    mean = LossMean(CPU)
+    assert math.isnan(mean.compute()["loss"])
+    mean.add({"loss": torch.tensor(1.0)}, 6)
+    mean.add({"loss": torch.tensor(5.0)}, 2)
+    assert mean.compute() == {"loss": 2.0}
+    data = [*batches(1, 6), *batches(1, 2)]
+    model, losses = linear(), []
+    trainer, _ = trainer_for(model, "--lr", "1e-9")
+    for images, labels in data:
+        losses.append(nn.functional.cross_entropy(model(images), labels).item() * len(images))
+    found = trainer.train_epoch(data, 0, "train")["loss"]
+    assert found == pytest.approx(sum(losses) / 8, abs=1e-6)
+
+
+def test_speed_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _ = trainer_for(linear())
+    trainer.processes = Processes(CPU, world_size=2)
+    counted: list[int] = []
+    monkeypatch.setattr(loop.Progress, "update", lambda _, images, **values: counted.append(images))
+    trainer.train_epoch(batches(2), 0, "train")
+    assert counted == [8, 8]
 
 
 def test_learning_rate_scaling() -> None:
@@ -275,3 +319,17 @@ def test_views_are_averaged() -> None:
     assert torch.equal(shifted, torch.ones(1, 256))
     with pytest.raises(UsageError, match="--tta 6: at most 5"):
         AveragedViews(model, 6, mirror=False)
+
+
+def test_shifted_views_of_wide_images() -> None:
+    """By a sixteenth of either side, the border reflected."""
+    images = torch.randn(2, 1, 32, 16)
+    rows, cols = torch.arange(-2, 30).abs(), torch.arange(-1, 15).abs()
+    shifted = images[..., rows[:, None], cols]
+    averaged = AveragedViews(nn.Identity(), 2, mirror=False)(images)
+    torch.testing.assert_close(averaged, (images + shifted) / 2)
+
+
+def test_learning_rate_of_several_groups_is_their_mean() -> None:
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.2, 0.6)]
+    assert current_lr(torch.optim.SGD(groups)) == pytest.approx(0.3)
