@@ -4,6 +4,7 @@ A fork of a process that has imported everything starts in milliseconds, so that
 killed. The parent must not have computed with several threads.
 """
 
+import atexit
 import contextlib
 import hashlib
 import importlib.util
@@ -137,6 +138,7 @@ def _become(
 ) -> None:
     """Run train.py in this (forked) process, and end it."""
     code = 99
+    atexit._clear()  # which are of the process that this one was forked from
     try:
         os.setpgid(0, 0)
         with open(log, "ab", buffering=0) as file:
