@@ -101,16 +101,17 @@ class Stress:
 
     def restarts(self) -> Iterator[Row]:
         """One run killed with SIGKILL again and again and started again without a pause."""
-        case = Case(f"--model test_vit {EVERYTHING} -j 1 --epochs {self._count(60)}")
+        case = Case(f"--model test_vit {EVERYTHING} -j 1 --epochs {self._count(120)}")
         trials = Trials(self.train, case, self.place / "restarts")
         argv, killed = flags_of(case, trials.output), []
         wanted, ended = self._count(50), False
         while len(killed) < wanted and not ended:
             run = Run(self.train, argv, trials.log, 1, Phases(self.train).watch)
             time.sleep(self.rng.uniform(0.1, 0.7))
-            ended = run.poll() != [None]
+            ended = run.poll() == [0]
             run.kill()
-            killed.append(run)
+            if not ended:
+                killed.append(run)
         refused = sum(run.wait() != [-signal.SIGKILL] for run in killed)
         to_the_end(self.train, argv, trials.log, prepare=Phases(self.train).watch)
         same = contents(trials.output / "run") == trials.expected
