@@ -14,6 +14,11 @@ import torch
 from ladders import compiled_for, needs_native, without_native
 from timm.layers import is_fast_norm, set_fast_norm
 
+# What is compiled here is small: neither PyTorch's headers are worth compiling ahead, nor three
+# programs to see whether the compiler knows the processor.
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """The process that hands the tests out starts what those that run them share."""
