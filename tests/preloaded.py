@@ -68,6 +68,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 def run(path: str, words: Sequence[str]) -> NoReturn:
     """Have the server run a Python's command line, and end as it ends."""
     request = json.dumps([list(words), os.getcwd(), dict(os.environ)]).encode()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is known whose they are
     with socket.socket(socket.AF_UNIX) as server:
         try:
             server.connect(path)
@@ -76,8 +77,16 @@ def run(path: str, words: Sequence[str]) -> NoReturn:
         socket.send_fds(server, [len(request).to_bytes(_LENGTH, "big")], [0, 1, 2])
         server.sendall(request)
         pid = int.from_bytes(_receive(server, _LENGTH), "big")
+        # A handler runs between two steps of Python: a signal that comes when the next step is to
+        # wait has to end that wait.
+        woken, waker = socket.socketpair()
+        waker.setblocking(False)
+        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, lambda number, _: os.kill(pid, number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        while server not in select.select([server, woken], [], [])[0]:
+            woken.recv(1)
         code = os.waitstatus_to_exitcode(int.from_bytes(_receive(server, _LENGTH), "big"))
     if code < 0:
         with contextlib.suppress(OSError):  # SIGKILL has no handler to take away
