@@ -46,7 +46,7 @@ def wait_for_state(folder: Path, processes: list[subprocess.Popen[str]]) -> Path
 
 def start_run(nodes: TwoNodes, output: Path, name: str) -> list[subprocess.Popen[str]]:
     """One process of a run on each node."""
-    words = [sys.executable, *command(output, name, "--resume", "auto")]
+    words = [str(programs() / "python"), *command(output, name, "--resume", "auto")]
     meeting = environment(MASTER_ADDR=ADDRESSES[0], MASTER_PORT="29400", WORLD_SIZE="2")
     return [nodes.start(rank, words, {**meeting, "RANK": str(rank)}) for rank in range(2)]
 
