@@ -4,8 +4,8 @@
     python tests/preloaded.py run SOCKET [-u] SCRIPT | -m MODULE | -c CODE | - [ARGUMENTS]
 
 The second runs what `python SCRIPT ...` would run in a process of its own, with the caller's
-folder, environment, files 0 to 2 and namespaces, passes signals on to it, and ends as it ends; it is killed
-when the caller is. A third of the tests' time went into imports before.
+folder, environment, files 0 to 2 and namespaces, passes signals on to it, and ends as it ends; it
+is killed when the caller is. A third of the tests' time went into imports before.
 """
 
 import atexit

@@ -15,6 +15,7 @@ import pytest
 import torch
 from faulty_runs import without_drawing
 from killing import ROOT, Run, contents, differing, free_port, to_the_end
+from preloaded import programs
 
 from qna_timm.training import loop
 from qna_timm.training.data.sampling import KeyedDataset
@@ -204,7 +205,7 @@ def test_torchrun_passes_a_signal_on(
     with open(log, "w") as output:
         launcher = subprocess.Popen(
             [*command, *argv, "--epochs", "200", "--max-steps", "90", "--log-interval", "1"],
-            env=environment(), stdout=output, stderr=output,
+            env=environment(PYTHON_EXEC=str(programs() / "python")), stdout=output, stderr=output,
         )  # fmt: skip
         wait_for(lambda: re.search(r"train 1/200 \[2/", log.read_text()), log)
         launcher.send_signal(signal.SIGTERM)
@@ -232,8 +233,18 @@ def bit_of(signum: int, mask: str, pid: int) -> bool:
     return bool(int(re.search(rf"{mask}:\s*(\w+)", status)[1], 16) >> (signum - 1) & 1)
 
 
+def catches(signum: int, pid: Path) -> bool:
+    """Whether a process that tells its number in a file has told it, and catches a signal."""
+    return pid.is_file() and bit_of(signum, "SigCgt", int(pid.read_text()))
+
+
 IMPATIENT = f"""
-import runpy
+import os, runpy
+from pathlib import Path
+
+file = Path("pid" + os.environ["RANK"])
+file.with_suffix(".new").write_text(str(os.getpid()))
+file.with_suffix(".new").rename(file)
 from qna_timm.training import signals
 signals._PATIENCE = 1.0
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
@@ -247,11 +258,11 @@ def test_waiting_for_processes_that_never_come() -> None:
     for rank in "01":
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         with open(rank, "w") as log:
-            command = [sys.executable, "-c", IMPATIENT, *flags("--dist-timeout", "30m")]
+            command = [programs() / "python", "-c", IMPATIENT, *flags("--dist-timeout", "30m")]
             environ = environment(**launched, MASTER_PORT=str(free_port()))
             waiting.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log))
     for rank, process in enumerate(waiting):
-        wait_for(lambda pid=process.pid: bit_of(signal.SIGUSR1, "SigCgt", pid), Path(str(rank)))
+        wait_for(lambda pid=Path(f"pid{rank}"): catches(signal.SIGUSR1, pid), Path(str(rank)))
         process.send_signal(signal.SIGTERM)
     for rank, process in enumerate(waiting):
         process.send_signal(signal.SIGTERM)
