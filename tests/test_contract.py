@@ -229,3 +229,15 @@ def test_exported_for_any_size(name: str) -> None:
     for size in ((3, 3, 65, 97), (2, 3, 128, 160)):
         x = torch.randn(size)
         torch.testing.assert_close(program.module()(x), model(x))
+
+
+@every_architecture
+@torch.no_grad()
+def test_modules_are_called_once(name: str) -> None:
+    """Quantizers take what a module computes for one operation, with statistics of its own."""
+    model, calls = small(name).eval(), Counter()
+    for path, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, path=path: calls.update([path]))
+    model(images(name))
+    assert calls and set(calls.values()) == {1}, calls.most_common(3)

@@ -414,7 +414,8 @@ def test_drop_path_rates() -> None:
     rates = [getattr(block.drop_path2, "drop_prob", 0.0) for block in blocks]
     np.testing.assert_allclose(rates, np.linspace(0, 0.2, 25), atol=1e-7)
     assert model.fuse.block.block.drop_path1.drop_prob == 0.2
-    assert model.head.gram_layer.drop_path.drop_prob == 0.2
+    gram_layer = model.head.gram_layer
+    assert gram_layer.drop_path1.drop_prob == gram_layer.drop_path2.drop_prob == 0.2
 
 
 def test_layer_decay_reaches_every_parameter() -> None:

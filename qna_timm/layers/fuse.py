@@ -61,15 +61,16 @@ class FuseBottleneck(nn.Module):
         self.bn3 = SmallBatchNorm2d(out_features, **dd)
         self.shortcut = nn.Conv2d(in_features, out_features, 1, **dd)
         self.shortcut_bn = SmallBatchNorm2d(out_features, **dd)
-        self.act = nn.ReLU()
+        # one each: quantizers take a module's calls for one operation
+        self.act1, self.act2, self.act3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, A, H, W] to [B, D, H, W]."""
-        main = self.act(self.bn1(self.conv1(x)))
-        main = self.se(self.act(self.bn2(self.conv2(main))))
+        main = self.act1(self.bn1(self.conv1(x)))
+        main = self.se(self.act2(self.bn2(self.conv2(main))))
         main = self.drop_path(self.bn3(self.conv3(main)))
-        return self.act(main + self.shortcut_bn(self.shortcut(x)))
+        return self.act3(main + self.shortcut_bn(self.shortcut(x)))
 
 
 class MapFusion(nn.Module):

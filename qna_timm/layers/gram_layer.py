@@ -160,7 +160,7 @@ class CSWinGramLayer(nn.Module):
         self.mlp = BranchMlp(
             dim, 4 * dim, num_branches, mlp_groups, is_conv=mlp_groups > 1, in_turn=True, **dd
         )
-        self.drop_path = BranchDropPath(drop_path)
+        self.drop_path1, self.drop_path2 = BranchDropPath(drop_path), BranchDropPath(drop_path)
 
     def _attend(self, x: Tensor, batch: int, height: int, width: int) -> Tensor:
         branches, length, dim = x.shape
@@ -178,8 +178,8 @@ class CSWinGramLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         x = branch_tokens(x, self.num_branches)
-        x = x + self.drop_path(self._attend(self.norm1(x), batch, height, width), batch)
-        return x + self.drop_path(self.mlp(self.norm2(x)), batch)
+        x = x + self.drop_path1(self._attend(self.norm1(x), batch, height, width), batch)
+        return x + self.drop_path2(self.mlp(self.norm2(x)), batch)
 
 
 def create_gram_layer(
