@@ -336,6 +336,8 @@ def train(session: Session) -> None:
             )  # fmt: skip
         raise
     finally:
+        for loader in (run.train_loader, run.eval_loader):
+            loader.close()  # whoever trains again here would wait 5 s for each worker left behind
         if session.trackers is not None:
             with session.writes.trying("trackers"):
                 session.trackers.close()

@@ -1,6 +1,7 @@
 """train.py: whole runs, mistakes, several processes, signals."""
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -112,6 +113,13 @@ def test_nan_is_never_best(train: ModuleType, tmp_path: Path) -> None:
     assert len((tmp_path / "nan" / "nonfinite.jsonl").read_text().splitlines()) == 2 + 3
     assert not (tmp_path / "nan" / "best.safetensors").exists()
     assert (tmp_path / "nan" / "last.safetensors").exists()
+
+
+def test_leaves_no_workers(train: ModuleType, tmp_path: Path) -> None:
+    """Where several runs share a process, garbage with workers takes 5 s for each of them."""
+    before = multiprocessing.active_children()
+    train.main(digits(tmp_path, "--experiment", "a", "--max-steps", "1", "-j", "1"))
+    assert multiprocessing.active_children() == before
 
 
 def test_validation_interval_and_milestones(train: ModuleType, tmp_path: Path) -> None:
