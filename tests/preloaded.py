@@ -37,7 +37,9 @@ PRELOADED = (
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
 )
-SPACES = [f"/proc/self/ns/{kind}" for kind in ("user", "net", "mnt")]  # in the order to enter
+# Namespaces in the order to enter; a sandbox may lack some.
+SPACES = [f"/proc/self/ns/{kind}" for kind in ("user", "net", "mnt")
+          if os.path.exists(f"/proc/self/ns/{kind}")]  # fmt: skip
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _setns = ctypes.CDLL(None, use_errno=True).setns  # of Python itself from 3.12 on
 _LENGTH = 8  # bytes of a number that is sent

@@ -58,7 +58,7 @@ def test_gradcheck(impl: str, tables: str) -> None:
 
 
 def simplified(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
-    """All that the default compiler does to graphs, without the minute that C++ would take."""
+    """All that the default compiler does to graphs, without the code that it makes of them."""
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.compile_fx import compile_fx  # a second to import
 
@@ -67,7 +67,10 @@ def simplified(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., list[T
     )
 
 
-def test_compiled_with_recomputed_activations() -> None:
+@pytest.mark.parametrize(
+    "backend", [simplified, pytest.param("inductor", marks=pytest.mark.thorough)]
+)
+def test_compiled_with_recomputed_activations(backend: str | Callable) -> None:
     """What a compiler simplifies in a part that is computed again, it may lose."""
     layer, before = LearnedQueryAttention(8, 2, kernel_size=3), torch.nn.Linear(8, 8)
     x = torch.randn(2, 5, 6, 8)
@@ -77,7 +80,7 @@ def test_compiled_with_recomputed_activations() -> None:
 
     parameters = [*layer.parameters(), *before.parameters()]
     wanted = torch.autograd.grad(step(x), parameters)
-    compiled = torch.compile(step, fullgraph=True, backend=simplified)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     found = torch.autograd.grad(compiled(x), parameters)
     for grad, plain in zip(found, wanted, strict=True):
         torch.testing.assert_close(grad, plain, rtol=1e-4, atol=1e-5)

@@ -119,7 +119,7 @@ def test_leaves_no_workers(train: ModuleType, tmp_path: Path) -> None:
     """Where several runs share a process, garbage with workers takes 5 s for each of them."""
     before = multiprocessing.active_children()
     train.main(digits(tmp_path, "--experiment", "a", "--max-steps", "1", "-j", "1"))
-    assert multiprocessing.active_children() == before
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 def test_validation_interval_and_milestones(train: ModuleType, tmp_path: Path) -> None:

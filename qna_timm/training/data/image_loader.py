@@ -69,7 +69,7 @@ class ImageLoader:
 
     @property
     def sampler(self) -> Sampler | None:
-        """The sampler, or None for iterable datasets (torch puts a placeholder there)."""
+        """The sampler, or None for iterable datasets (torch has one of its own there)."""
         return None if isinstance(self._inner.dataset, IterableDataset) else self._inner.sampler
 
     @property
